@@ -1,0 +1,1 @@
+"""The verbs' definitions in plain torch, and the kernels that replace them."""

@@ -1,0 +1,1 @@
+"""Networks as three lists (enc, mid, dec) over five injected verbs."""

@@ -1,0 +1,116 @@
+"""What every UNet here is built from: the contract of three lists, and the modules that speak the verbs."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .ops import TORCH, Ops, Site
+
+
+class Cond(NamedTuple):
+    """What conditions every block: the time embedding, and text tokens where a network takes any."""
+
+    emb: Tensor  # (B, E)
+    context: Tensor | None = None  # (B, M, C)
+
+
+class ThreeLists(nn.Module):
+    """The contract: `enc` emits one skip a stage, `mid` returns h, `dec` takes one skip a stage, last one first."""
+
+    enc: nn.ModuleList
+    mid: "Stage"
+    dec: nn.ModuleList
+    norm_out: "Norm"
+    conv_out: nn.Conv2d
+
+    def encode(self, x: Tensor, c: Cond, ops: Ops = TORCH) -> tuple[Tensor, list[Tensor]]:
+        """x (B, C, H, W) -> the input of `middle`, and one skip per encoder stage, fine to coarse."""
+        skips: list[Tensor] = []
+        for stage in self.enc:
+            x = stage(x, c, ops)
+            skips.append(x)
+        return x, skips
+
+    def middle(self, h: Tensor, c: Cond, ops: Ops = TORCH) -> Tensor:
+        """The bottleneck.  What it returns is h-space (Kwon et al. 2023)."""
+        return self.mid(h, c, ops)
+
+    def decode(self, h: Tensor, skips: list[Tensor], c: Cond, ops: Ops = TORCH) -> Tensor:
+        """h, skips -> the network's output (B, C, H, W).  Stage i of the decoder joins skip n-1-i."""
+        if len(skips) != len(self.dec):
+            raise ValueError(f"decode takes {len(self.dec)} skips, one per decoder stage; got {len(skips)}")
+        for i, (stage, skip) in enumerate(zip(self.dec, reversed(skips), strict=True)):
+            h = stage(ops.join(Site(f"dec.{i}", 0, "join"), h, skip), c, ops)
+        return self.conv_out(self.norm_out(h, ops))
+
+    def forward(self, x: Tensor, c: Cond, ops: Ops = TORCH) -> Tensor:
+        """x (B, C, H, W) -> eps, or eps and the variance channels where the network has learned them."""
+        h, skips = self.encode(x, c, ops)
+        return self.decode(self.middle(h, c, ops), skips, c, ops)
+
+
+class Stage(nn.ModuleList):
+    """The modules between two skips, applied in order."""
+
+    def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:
+        for module in self:
+            x = module(x, c, ops)
+        return x
+
+
+class Stem(nn.Conv2d):
+    """The first convolution."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__(cin, cout, 3, padding=1)
+
+    def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:
+        return super().forward(x)
+
+
+class Norm(nn.Module):
+    """Group normalisation with SiLU folded in where the next thing is a convolution."""
+
+    def __init__(self, channels: int, site: Site, *, groups: int = 32, eps: float = 1e-5, silu: bool = True):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.site, self.groups, self.eps, self.silu = site, groups, eps, silu
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        return ops.group_norm(self.site, x, self.weight, self.bias, self.groups, self.eps, self.silu)
+
+
+def widths(base: int, mult: tuple[float, ...]) -> tuple[int, ...]:
+    """Channels per level, fine to coarse."""
+    return tuple(int(base * m) for m in mult)
+
+
+def sinusoid(t: Tensor, dim: int, *, cos_first: bool, last_exponent: bool) -> Tensor:
+    """Sinusoidal embedding of timesteps (B,) -> (B, dim), in float64 for float64 t, else in float32.
+
+    Frequencies fall from 1 to 1/10000: `last_exponent` includes 1/10000 (Ho et al. 2020), otherwise it is the
+    first one left out (Dhariwal & Nichol 2021).  An odd `dim` is padded with one zero.
+    """
+    half = dim // 2
+    dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
+    exponent = torch.arange(half, device=t.device, dtype=dtype) / (half - 1 if last_exponent else half)
+    args = t.to(dtype)[:, None] * torch.exp(-math.log(10000) * exponent)
+    parts = [args.cos(), args.sin()] if cos_first else [args.sin(), args.cos()]
+    return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
+
+
+def denoiser(unet: ThreeLists, ops: Ops = TORCH, **conditions: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """A network as samplers see it: (x (B, C, H, W), t () or (B,)) -> eps (B, C, H, W).
+
+    `conditions` go to the network's `embed` (for example `label=`).  Variance channels are left out.
+    """
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        c = unet.embed(t.to(x.device).expand(len(x)), **conditions)  # type: ignore[operator]
+        return unet(x, c, ops)[:, : x.shape[1]]
+
+    return eps

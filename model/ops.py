@@ -1,0 +1,57 @@
+"""The five verbs a network is made of, and the sites where they are spoken."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import reference
+
+
+class Site(NamedTuple):
+    """Where in a network a verb is spoken."""
+
+    stage: str  # "enc.0" ... "enc.n-1", "mid", "dec.0" ... "dec.n-1", "out"
+    depth: int  # which one of its kind within the stage, in order of execution
+    kind: str  # self, cross (attend) | norm (group_norm) | join | res, self, cross, ff, transformer (add)
+
+
+def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention.  (B, H, N, D), 2 x (B, H, M, D) -> (B, H, N, D)."""
+    return reference.attention(q, k, v, bias)
+
+
+def group_norm(site: Site, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    """Group normalisation, then SiLU if `silu`.  (B, C, H, W) -> (B, C, H, W)."""
+    return reference.group_norm(x, weight, bias, groups, eps, silu)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """The gate of a transformer's feed-forward layer.  (..., 2C) -> (..., C)."""
+    return reference.geglu(x)
+
+
+def concat(site: Site, h: Tensor, skip: Tensor) -> Tensor:
+    """What a decoder stage sees: h first, then the skip.  (B, C, H, W), (B, D, H, W) -> (B, C + D, H, W)."""
+    return torch.cat([h, skip], dim=1)
+
+
+def add(site: Site, x: Tensor, dx: Tensor) -> Tensor:
+    """What a branch contributes to the residual stream."""
+    return x + dx
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The verbs.  Kernels replace them, methods wrap them; each is told its Site, except `geglu`, which needs none."""
+
+    attend: Callable[..., Tensor] = attend
+    group_norm: Callable[..., Tensor] = group_norm
+    geglu: Callable[[Tensor], Tensor] = geglu
+    join: Callable[[Site, Tensor, Tensor], Tensor] = concat
+    add: Callable[[Site, Tensor, Tensor], Tensor] = add
+
+
+TORCH = Ops()

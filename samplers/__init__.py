@@ -1,0 +1,1 @@
+"""Schedules, and samplers as generators over pure steps."""

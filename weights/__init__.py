@@ -1,0 +1,1 @@
+"""Public weight files, read directly: layouts, tables, catalogue, hub."""
