@@ -9,6 +9,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attention` written out; it has every derivative, forward mode too, and keeps all N x M weights in memory."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
+
+
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     """GroupNorm (Wu & He 2018), then x * sigmoid(x) if `silu`.  (B, C, ...) -> (B, C, ...)."""
     x = F.group_norm(x, groups, weight, bias, eps)

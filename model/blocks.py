@@ -27,6 +27,10 @@ class ThreeLists(nn.Module):
     norm_out: "Norm"
     conv_out: nn.Conv2d
 
+    def embed(self, t: Tensor) -> Cond:
+        """Timesteps (B,) -> what every block is conditioned on; each family says what else it takes."""
+        raise TypeError(f"{type(self).__name__} has no embed")
+
     def encode(self, x: Tensor, c: Cond, ops: Ops = TORCH) -> tuple[Tensor, list[Tensor]]:
         """x (B, C, H, W) -> the input of `middle`, and one skip per encoder stage, fine to coarse."""
         skips: list[Tensor] = []
@@ -77,11 +81,34 @@ class Norm(nn.Module):
 
     def __init__(self, channels: int, site: Site, *, groups: int = 32, eps: float = 1e-5, silu: bool = True):
         super().__init__()
+        if groups < 1 or channels % groups:
+            raise ValueError(f"{channels} channels do not divide into {groups} groups of a group normalisation")
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.site, self.groups, self.eps, self.silu = site, groups, eps, silu
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
         return ops.group_norm(self.site, x, self.weight, self.bias, self.groups, self.eps, self.silu)
+
+
+def half(x: Tensor) -> Tensor:
+    """The mean of every 2 x 2 pixels.  (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """Every pixel four times.  (B, C, H, W) -> (B, C, 2H, 2W)."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Up(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:
+        return self.conv(double(x))
 
 
 def widths(base: int, mult: tuple[float, ...]) -> tuple[int, ...]:
@@ -103,14 +130,22 @@ def sinusoid(t: Tensor, dim: int, *, cos_first: bool, last_exponent: bool) -> Te
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 
 
-def denoiser(unet: ThreeLists, ops: Ops = TORCH, **conditions: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """A network as samplers see it: (x (B, C, H, W), t () or (B,)) -> eps (B, C, H, W).
+def denoiser(
+    unet: ThreeLists,
+    cond: Callable[[Tensor], Cond] | None = None,
+    ops: Ops = TORCH,
+    *,
+    variance: bool = False,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A network as samplers see it: (x (B, C, H, W), t (B,)) -> eps (B, C, H, W).
 
-    `conditions` go to the network's `embed` (for example `label=`).  Variance channels are left out.
+    `cond` makes the conditioning from t; the network's own `embed` by default (for a label: `partial(unet.embed,
+    label=y)`).  The channels of a learned variance are left out unless `variance`.
     """
+    embed = cond or unet.embed
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
-        c = unet.embed(t.to(x.device).expand(len(x)), **conditions)  # type: ignore[operator]
-        return unet(x, c, ops)[:, : x.shape[1]]
+        out = unet(x, embed(t), ops)
+        return out if variance else out[:, : x.shape[1]]
 
     return eps

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Cond, Norm, Stage, Stem, ThreeLists, sinusoid, widths
+from .blocks import Cond, Norm, Stage, Stem, ThreeLists, Up, sinusoid, widths
 from .ops import Ops, Site
 
 
@@ -72,24 +72,13 @@ class Down(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Up(nn.Module):
-    """Double the resolution: nearest neighbour, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 class DDPM(ThreeLists):
     """At 256²: 18 skips, h (B, 512, 8, 8)."""
 
     def __init__(self, cfg: DDPMConfig = DDPM_256):
         super().__init__()
-        self.cfg = cfg
         channels = widths(cfg.base, cfg.mult)
+        self.cfg, self.in_channels, self.multiple = cfg, cfg.in_channels, 2 ** (len(channels) - 1)
         self.time = nn.Sequential(nn.Linear(cfg.base, 4 * cfg.base), nn.SiLU(), nn.Linear(4 * cfg.base, 4 * cfg.base))
 
         def stage(name: str, cin: int, cout: int, level: int) -> Stage:
@@ -111,7 +100,7 @@ class DDPM(ThreeLists):
 
         self.dec = nn.ModuleList()
         for level, cout in reversed(list(enumerate(channels))):
-            for i in range(cfg.blocks + 1):
+            for _ in range(cfg.blocks + 1):
                 self.dec.append(stage(f"dec.{len(self.dec)}", ch + emitted.pop(), cout, level))
                 ch = cout
             if level:

@@ -23,6 +23,11 @@ def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
     return reference.attention(q, k, v, bias)
 
 
+def softmax_attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attend` written out in products and a softmax."""
+    return reference.softmax_attention(q, k, v, bias)
+
+
 def group_norm(site: Site, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
     """Group normalisation, then SiLU if `silu`.  (B, C, H, W) -> (B, C, H, W)."""
     return reference.group_norm(x, weight, bias, groups, eps, silu)
@@ -55,3 +60,4 @@ class Ops:
 
 
 TORCH = Ops()
+JVP = Ops(attend=softmax_attend)  # for torch.func.jvp: torch's fused attention has no forward-mode derivative
