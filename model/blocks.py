@@ -72,7 +72,7 @@ class Stem(nn.Conv2d):
     def __init__(self, cin: int, cout: int):
         super().__init__(cin, cout, 3, padding=1)
 
-    def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:
+    def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(x)
 
 
