@@ -1,0 +1,20 @@
+"""Noise that depends on the image's seed alone: not on its batch, nor on the device."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Noise = Callable[[Tensor], Tensor]  # x (B, ...) -> standard normal noise, like x
+
+
+def seeded(seeds: Sequence[int]) -> Noise:
+    """One generator per image, drawn on the CPU in float32; each call goes on where the last one stopped."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def noise(x: Tensor) -> Tensor:
+        if len(x) != len(generators):
+            raise ValueError(f"a batch of {len(x)} images needs {len(x)} seeds; got {len(generators)}")
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
+
+    return noise
