@@ -61,7 +61,7 @@ def at_h(mask: Tensor, h: Tensor) -> Tensor:
     """A mask at the resolution of h, each value the mean of the area it covers.  -> (B or 1, 1, H, W)."""
     if mask.shape[-2:] == h.shape[-2:]:
         return mask.to(h)
-    return F.adaptive_avg_pool2d(mask.to(h), h.shape[-2:])
+    return F.adaptive_avg_pool2d(mask.to(h), (h.shape[-2], h.shape[-1]))
 
 
 def check(contents: Sequence[Content], h: Tensor) -> None:
@@ -119,8 +119,8 @@ def diffstyle(
     """Regenerate the style image from its x_T (B, C, H, W) at path[0], injecting the contents' h where t >= t_edit.
 
     omega = 0 takes the asymmetric step of Asyrp; otherwise the step is calibrated, at one more network call where h
-    was edited.  Where t <= t_boost the step has eta = 1 and draws from `noise`, except the last, which adds none.  The encoder is shared between the
-    edited and the unedited prediction.
+    was edited.  Where t <= t_boost the step has eta = 1 and draws from `noise`, except the last, which adds none.
+    The encoder is shared between the edited and the unedited prediction.
     """
     authors = authors or AuthorsCode()
     edit = inject(contents, blend)

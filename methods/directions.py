@@ -70,7 +70,7 @@ def jacobian(
 
     generator = torch.Generator().manual_seed(seed)
     v, _ = orthonormal(torch.randn(k, *h.shape, generator=generator).to(h))
-    _, pull = torch.func.vjp(decode, h)
+    pull = torch.func.vjp(decode, h)[1]
     for _ in range(iterations):
         u = torch.stack([torch.func.jvp(decode, (h,), (row,))[1] for row in v])
         v, _ = orthonormal(torch.stack([pull(row)[0] for row in u]))
