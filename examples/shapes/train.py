@@ -16,12 +16,17 @@ import torch.nn.functional as F
 import world
 from diaphane.model.blocks import denoiser
 from diaphane.model.ddpm import DDPM, DDPMConfig
+from diaphane.samplers.ddim import ddim
+from diaphane.samplers.inversion import last
+from diaphane.samplers.noise import seeded
+from diaphane.samplers.parameterisation import over
+from diaphane.samplers.path import papers
+from diaphane.samplers.schedule import linear
 from torch import Tensor
 from tqdm import tqdm
 
 CONFIG = DDPMConfig(resolution=32, base=32, mult=(1, 2, 3, 4), blocks=1, attention=(8,), groups=8)
-T = 1000
-ALPHAS = (1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)).cumprod(0).float()
+SCHEDULE = linear()
 
 
 def loss(net: DDPM, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,8 +36,8 @@ def loss(net: DDPM, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tenso
     multiplies it by 1 / sqrt(alpha_T) = 157.  Adding the error of local means changes no minimiser (each term is
     least for the conditional expectation) and makes the network learn them early.
     """
-    a = ALPHAS.to(x0.device)[t][:, None, None, None]
-    x = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    a = SCHEDULE(t)
+    x = over(a.sqrt(), x0) * x0 + over((1 - a).sqrt(), x0) * noise
     with torch.autocast(x.device.type, torch.bfloat16):
         eps = net(x, net.embed(t))
     error = eps.float() - noise
@@ -57,15 +62,9 @@ def update_average(average: DDPM, net: DDPM, step: int) -> None:
 @torch.no_grad()
 def draw(net: DDPM, n: int, steps: int = 50) -> Tensor:
     """n pictures by DDIM from fixed noise."""
-    device = next(net.parameters()).device
-    x = torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(7)).to(device)
-    eps = denoiser(net)
-    path = [*torch.linspace(T - 1, 0, steps).int().tolist(), -1]
-    for t, s in zip(path[:-1], path[1:], strict=True):
-        a_t, a_s = ALPHAS[t], ALPHAS[s] if s >= 0 else torch.ones(())
-        e = eps(x, torch.tensor(t))
-        x = a_s.sqrt() * (x - (1 - a_t).sqrt() * e) / a_t.sqrt() + (1 - a_s).sqrt() * e
-    return x.cpu()
+    x = seeded(range(7, 7 + n))(torch.empty(n, 3, CONFIG.resolution, CONFIG.resolution))
+    walk = ddim(denoiser(net), x.to(next(net.parameters())), SCHEDULE, papers(steps))
+    return last(walk).x.cpu()
 
 
 def save(folder: Path, **state: object) -> None:
@@ -88,7 +87,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     torch.manual_seed(args.seed)
-    net = DDPM(CONFIG).to(device, memory_format=torch.channels_last)
+    net = DDPM(CONFIG).to(device)
     average = DDPM(CONFIG).to(device).requires_grad_(False)
     average.load_state_dict(net.state_dict())
     optimiser = torch.optim.Adam(net.parameters(), lr=args.lr, betas=(0.9, 0.99))
@@ -114,7 +113,9 @@ def main() -> None:
                 group["lr"] = learning_rate(step, args.steps, args.lr)
             x0 = world.render(world.sample(args.batch, generator))
             noise = torch.randn(x0.shape, generator=generator)
-            t = ((torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) * T / args.batch).long()
+            t = (
+                (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) * len(SCHEDULE) / args.batch
+            ).long()
             simple, total = loss(net, x0.to(device), t.to(device), noise.to(device))
             optimiser.zero_grad()
             total.backward()
@@ -132,7 +133,9 @@ def main() -> None:
                 checkpoint()
             if step % 1000 == 0 or step == args.steps:
                 world.sheet(draw(average, 32), 8).save(args.folder / f"samples-{step:06d}.png")
-    print(f"wrote {args.folder / 'checkpoint.pt'}: {step} steps, loss {running if running is None else round(running, 5)}")
+    print(
+        f"wrote {args.folder / 'checkpoint.pt'}: {step} steps, loss {running if running is None else round(running, 5)}"
+    )
 
 
 if __name__ == "__main__":

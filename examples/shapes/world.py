@@ -133,7 +133,7 @@ def sheet(pictures: Tensor, columns: int, scale: int = 4):
     """Pictures (N, 3, H, W) in [-1, 1] as one Pillow image, row by row."""
     from PIL import Image
 
-    n, _, h, w = pictures.shape
+    n, _, _, w = pictures.shape
     pad = F.pad(pictures, (0, 0, 0, 0, 0, 0, 0, -n % columns), value=1.0)
     grid = pad.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).reshape(-1, columns * w, 3)
     pixels = ((grid + 1) * 127.5).round().clamp(0, 255).byte().numpy()
