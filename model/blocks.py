@@ -26,13 +26,21 @@ class ThreeLists(nn.Module):
     dec: nn.ModuleList
     norm_out: "Norm"
     conv_out: nn.Conv2d
+    in_channels: int
+    multiple: int  # H and W are multiples of this: the side, in pixels, of one cell of h
 
     def embed(self, t: Tensor) -> Cond:
         """Timesteps (B,) -> what every block is conditioned on; each family says what else it takes."""
         raise TypeError(f"{type(self).__name__} has no embed")
 
     def encode(self, x: Tensor, c: Cond, ops: Ops = TORCH) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C, H, W) -> the input of `middle`, and one skip per encoder stage, fine to coarse."""
+        """x (B, C, H, W) -> the input of `middle`, and one skip per encoder stage, fine to coarse.
+
+        A ValueError is raised where C is not the network's, or H or W does not halve evenly down to h.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            want = f"(B, {self.in_channels}, H, W) with H and W multiples of {self.multiple}"
+            raise ValueError(f"the network takes x {want}; got {tuple(x.shape)}")
         skips: list[Tensor] = []
         for stage in self.enc:
             x = stage(x, c, ops)
@@ -120,8 +128,11 @@ def sinusoid(t: Tensor, dim: int, *, cos_first: bool, last_exponent: bool) -> Te
     """Sinusoidal embedding of timesteps (B,) -> (B, dim), in float64 for float64 t, else in float32.
 
     Frequencies fall from 1 to 1/10000: `last_exponent` includes 1/10000 (Ho et al. 2020), otherwise it is the
-    first one left out (Dhariwal & Nichol 2021).  An odd `dim` is padded with one zero.
+    first one left out (Dhariwal & Nichol 2021).  An odd `dim` is padded with one zero.  A ValueError is raised
+    where t is not (B,).
     """
+    if t.ndim != 1:
+        raise ValueError(f"t is (B,), one timestep an image; got {tuple(t.shape)}")
     half = dim // 2
     dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
     exponent = torch.arange(half, device=t.device, dtype=dtype) / (half - 1 if last_exponent else half)
