@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..model.blocks import Cond, ThreeLists
-from ..model.ops import TORCH, Ops
+from ..model.ops import JVP, Ops
 
 
 def mean_difference(source: Mapping[int, Tensor], target: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -51,7 +51,7 @@ def jacobian(
     k: int = 3,
     iterations: int = 20,
     seed: int = 0,
-    ops: Ops = TORCH,
+    ops: Ops = JVP,
 ) -> Singular:
     """Leading right singular vectors of d eps / d h, by subspace iteration (Haas et al. 2024, section 4).
 
