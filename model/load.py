@@ -1,11 +1,14 @@
 """A network of any family around tensors that are already there: built on the meta device, nothing allocated."""
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .adm import ADM, ADMConfig
 from .blocks import ThreeLists
@@ -34,20 +37,49 @@ def build(
     network, settings = FAMILIES[family]
     if strange := [name for name in config if name not in {f.name for f in fields(settings)}]:
         raise ValueError(f"{settings.__name__} has no {strange[0]}")
-    with torch.device("meta"):
-        unet = network(settings(**config))
     tensors = {name: moved(name, tensor, dtype, device) for name, tensor in tensors.items()}
     if len(kinds := {tensor.dtype: name for name, tensor in tensors.items()}) > 1:
         mixed = " and ".join(f"{name} is {str(kind).removeprefix('torch.')}" for kind, name in list(kinds.items())[:2])
         raise ValueError(f"{mixed}: give one dtype= for all")
-    have, want = set(tensors), set(unet.state_dict())
-    if have != want:
-        raise ValueError(f"{len(want - have)} tensors are missing and {len(have - want)} too many: {min(want ^ have)}")
-    try:
-        unet.load_state_dict(tensors, strict=True, assign=True)
-    except RuntimeError as e:
-        raise ValueError(f"tensors do not fit: {str(e).splitlines()[-1].strip()}") from e
+    with uncollected(), Unfilled():
+        unet = network(settings(**config))
+        try:
+            unet.load_state_dict(tensors, strict=True, assign=True)
+        except RuntimeError as e:
+            raise ValueError(f"the tensors are not this network's: {misfit(unet, tensors)}") from e
     return unet.eval().requires_grad_(False)
+
+
+class Unfilled(TorchFunctionMode):
+    """While it is on, parameters are made on the meta device and nothing initialises them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs.get("tensor", args[0] if args else None)
+        if func in (torch.empty, torch.ones, torch.zeros):
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: a thousand lasting objects would set off one of all that torch has imported."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+def misfit(unet: ThreeLists, tensors: Mapping[str, Tensor]) -> str:
+    """The first tensor that is missing, too many, or of another shape."""
+    want = {name: tuple(t.shape) for name, t in unet.state_dict().items()}
+    have = {name: tuple(t.shape) for name, t in tensors.items()}
+    name = next(name for name in (*want, *have) if have.get(name) != want.get(name))
+    return f"{name} should be {want.get(name, 'absent')}, and is {have.get(name, 'absent')}"
 
 
 def moved(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Renaming tensors by a table: a bijection onto our names with equal shapes, or an error that lists what is wrong."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 # kind -> rows of (our leaf, one leaf a layout); a pair of leaves spells weight and bias out
-Leaves = Mapping[str, Sequence[tuple[str | tuple[str, str], ...]]]
+Leaves = Mapping[str, Sequence[tuple[Any, ...]]]
 
 
 def matrix(w: Tensor) -> Tensor:
@@ -47,15 +47,21 @@ def transposed(w: Tensor) -> Tensor:
 def parameters(row: Row, leaves: Leaves, column: int) -> Iterator[tuple[str, str, str]]:
     """(our name, the layout's key, our leaf) of every parameter of a module; `column` counts layouts from 1."""
     for spelled in leaves.get(row.kind, [("",) * len(row.names)]):
-        if spelled[0] == "skip" and not row.skip:
+        leaf = spelled[0]
+        if leaf == "skip" and not row.skip:
             continue
-        pairs = []
-        for module, leaf in ((row.names[0], spelled[0]), (row.names[column], spelled[column])):
-            ends = leaf if isinstance(leaf, tuple) else tuple(f"{leaf}.{p}".lstrip(".") for p in ("weight", "bias"))
-            pairs.append([f"{module}.{end}" for end in ends])
-        for ours, theirs in zip(*pairs, strict=True):
-            if not (row.kind == "embedding" and ours.endswith("bias")):
-                yield ours, theirs, str(spelled[0])
+        ours, theirs = (ends(row.names[i], spelled[i]) for i in (0, column))
+        yield ours[0], theirs[0], leaf
+        if row.kind != "embedding":
+            yield ours[1], theirs[1], leaf
+
+
+def ends(module: str, leaf: str | tuple[str, str]) -> tuple[str, str]:
+    """The names of a leaf's weight and bias."""
+    if isinstance(leaf, tuple):
+        return f"{module}.{leaf[0]}", f"{module}.{leaf[1]}"
+    stem = f"{module}.{leaf}" if leaf else module
+    return f"{stem}.weight", f"{stem}.bias"
 
 
 def shapes(rows: Iterable[Row], leaves: Leaves, emb: int, emb_factor: int = 1) -> dict[str, Shape]:
@@ -63,13 +69,23 @@ def shapes(rows: Iterable[Row], leaves: Leaves, emb: int, emb_factor: int = 1) -
 
     def weight(row: Row, leaf: str) -> Shape:
         cin, cout = row.cin, row.cout
-        by_leaf: dict[str, Shape] = {
-            "norm1": (cin,), "norm2": (cout,), "norm": (cout,), "emb": (emb_factor * cout, emb),
-            "conv1": (cout, cin, 3, 3), "conv2": (cout, cout, 3, 3), "skip": (cout, cin, 1, 1),
-            "q": (cout, cin), "k": (cout, cin), "v": (cout, cin), "qkv": (3 * cout, cin), "out": (cout, cout),
-        }  # fmt: skip
-        by_kind: dict[str, Shape] = {"conv": (cout, cin, 3, 3), "norm": (cout,)}
-        return by_leaf[leaf] if leaf else by_kind.get(row.kind, (cout, cin))
+        match leaf or row.kind:
+            case "norm1":
+                return (cin,)
+            case "norm" | "norm2":
+                return (cout,)
+            case "emb":
+                return emb_factor * cout, emb
+            case "conv" | "conv1":
+                return cout, cin, 3, 3
+            case "conv2":
+                return cout, cout, 3, 3
+            case "skip":
+                return cout, cin, 1, 1
+            case "qkv":
+                return 3 * cout, cin
+            case _:  # q, k, v, out, linear, embedding
+                return cout, cin
 
     want = {}
     for row in rows:
