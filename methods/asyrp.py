@@ -26,6 +26,7 @@ def asyrp(
     *,
     t_edit: int = 400,
     t_boost: int = 0,
+    eta: float = 1.0,
     noise: Noise | None = None,
     embed: Embed | None = None,
     ops: Ops = TORCH,
@@ -33,7 +34,7 @@ def asyrp(
     """The asymmetric reverse process: x_s = sqrt(a_s) P_t(eps(x_t | edited h)) + D_t(eps(x_t | h)) (eq. 6).
 
     h is edited where t >= t_edit; the encoder and the middle run once for both predictions.  Where t < t_boost the
-    step has eta = 1 (quality boosting, section 3.4; `noise` is then needed).  x: (B, C, H, W) at path[0].
+    step has `eta` (quality boosting, section 3.4; `noise` is then needed).  x: (B, C, H, W) at path[0].
     A yielded Step holds the unedited eps and the edited x0.
     """
     for t, s in pairwise(path):
@@ -42,8 +43,8 @@ def asyrp(
         h = unet.middle(deep, c, ops)
         eps = unet.decode(h, skips, c, ops)[:, : x.shape[1]]
         edited = unet.decode(edit(h, t, c), skips, c, ops)[:, : x.shape[1]] if t >= t_edit else eps
-        eta = 1.0 if t < t_boost else 0.0
-        x, x0 = step(x, edited, schedule(t), schedule(s), eps_dir=eps, eta=eta, noise=noise)
+        boost = eta if t < t_boost else 0.0
+        x, x0 = step(x, edited, schedule(t), schedule(s), eps_dir=eps, eta=boost, noise=noise)
         yield Step(t, s, x, x0, eps)
 
 

@@ -111,6 +111,7 @@ def diffstyle(
     omega: float = 0.3,
     t_edit: int = 400,
     t_boost: int = 200,
+    eta: float = 1.0,
     noise: Noise | None = None,
     embed: Embed | None = None,
     ops: Ops = TORCH,
@@ -119,12 +120,12 @@ def diffstyle(
     """Regenerate the style image from its x_T (B, C, H, W) at path[0], injecting the contents' h where t >= t_edit.
 
     omega = 0 takes the asymmetric step of Asyrp; otherwise the step is calibrated, at one more network call where h
-    was edited.  Where t <= t_boost the step has eta = 1 and draws from `noise`, except the last, which adds none.
-    The encoder is shared between the edited and the unedited prediction.
+    was edited.  Where t <= t_boost the step is boosted: it has `eta` and draws from `noise`, except the last, which
+    adds none.  The encoder is shared between the edited and the unedited prediction.
     """
     authors = authors or AuthorsCode()
     edit = inject(contents, blend)
-    if noise is None and any(t <= t_boost and s >= 0 for t, s in pairwise(path)):
+    if noise is None and eta > 0 and any(t <= t_boost and s >= 0 for t, s in pairwise(path)):
         raise ValueError("quality boosting draws noise; pass noise=seeded([...]) or t_boost=0")
     for i, (t, s) in enumerate(pairwise(path)):
         c = (embed or unet.embed)(times(t, x))
@@ -136,14 +137,14 @@ def diffstyle(
         eps = unet.decode(h, skips, c, ops)[:, : x.shape[1]]
         injected = authors.inject_at is None or t in authors.inject_at
         edited = unet.decode(edit(h, t, c), skips, c, ops)[:, : x.shape[1]] if injected and t >= t_edit else eps
-        eta = 1.0 if injected and t <= t_boost and s >= 0 else 0.0
+        boost = eta if injected and t <= t_boost and s >= 0 else 0.0
         if edited is not eps and omega != 0:
             x = calibrated(x, eps, edited, a_t, omega)
             eps = edited = unet(x, c, ops)[:, : x.shape[1]]
-            x, x0 = step(x, eps, a_t, a_s, eta=eta, noise=noise)
+            x, x0 = step(x, eps, a_t, a_s, eta=boost, noise=noise)
         elif injected and omega == 0 and authors.dt_lambda != 1 and t >= authors.dt_end:
             x0 = x0_from_eps(x, edited, a_t)
             x = over(a_s.sqrt(), x) * x0 + authors.dt_lambda * over((1 - a_s).sqrt(), x) * eps
         else:
-            x, x0 = step(x, edited, a_t, a_s, eps_dir=eps, eta=eta, noise=noise)
+            x, x0 = step(x, edited, a_t, a_s, eps_dir=eps, eta=boost, noise=noise)
         yield Step(t, s, x, x0, eps)
