@@ -1,0 +1,71 @@
+"""The command `diaphane`: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from .errors import line, reason
+
+COMMANDS = {
+    "demo": "all of it, on the embedded model, into a folder with one picture that explains itself",
+    "sample": "pictures from noise: DDIM or DDPM",
+    "invert": "picture -> noise -> picture, and how well it came back",
+    "diffstyle": "one picture's content in another's style, through h-space (DiffStyle, InjectFusion)",
+    "asyrp": "edits along directions of h-space, learned or found (Asyrp)",
+    "correlation": "how |h| and its skip go together over the timesteps (DiffStyle, figure 4b)",
+    "inspect": "what a weight file holds: layout, family, settings, keys that do not fit",
+    "fetch": "download public weights by name and check them",
+    "env": "versions, devices and folders",
+    "redo": "make a picture again from what it says of itself, bit for bit",
+}
+WIDTH = max(map(len, COMMANDS))
+HELP = f"""usage: diaphane COMMAND [options]        diaphane COMMAND --help        diaphane --version
+
+A see-through diffusion UNet: h-space and skips as plain values.
+
+{chr(10).join(f"  {name:{WIDTH}}  {what}" for name, what in COMMANDS.items())}
+
+Begin with `diaphane demo`.  Every picture carries its settings; `diaphane redo PICTURE` makes it again.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line.  Returns the exit code: 0; 2 after one line on bad input; 130 after an interruption."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if words[0] == "--version":
+        print(f"diaphane {version('diaphane')}")
+        return 0
+    name = words[0]
+    if name not in COMMANDS:
+        return refuse("", f"there is no command {name!r}: it is one of {', '.join(COMMANDS)}")
+    try:
+        return import_module(f".{name}", __package__).run(words[1:])
+    except KeyboardInterrupt:
+        print(f"diaphane {name}: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]  # whoever read the output has gone
+        return 0
+    except OSError as e:
+        return refuse(name, f"{e.filename}: {reason(e)}" if e.filename else reason(e))
+    except (ValueError, MemoryError) as e:
+        return refuse(name, e if str(e) else "not enough memory: lower --batch")
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "allocate memory" not in str(e):
+            raise
+        return refuse(name, "not enough memory: lower --batch, or choose another --device or --dtype")
+
+
+def refuse(name: str, why: object) -> int:
+    """Say in one line what is wrong."""
+    print(line(f"diaphane {name}".strip() + f": {why}"), file=sys.stderr)
+    return 2
+
+
+def script() -> None:
+    """The entry point of the installed command."""
+    sys.exit(main())
