@@ -40,7 +40,7 @@ def posterior_mean(x: Tensor, x0: Tensor, schedule: Schedule, t: int, s: int) ->
 def log_variance(schedule: Schedule, t: int, s: int, kind: Variance, v: Tensor | None = None) -> Tensor:
     """log of the variance of a step: beta~, beta, or v log beta + (1 - v) log beta~ (Nichol & Dhariwal 2021, eq. 15).
 
-    `v` (B, C, H, W) is the network's own output in [-1, 1] for kind "learned".
+    `v` (B, C, H, W) is the network's own output in [-1, 1] for kind "learned".  -> (), or like v where it is learned.
     """
     beta, small = betas(schedule, t, s)
     if kind == "small":
@@ -84,5 +84,5 @@ def ddpm(
             x0 = x0.clamp(-clip, clip)
         mean = posterior_mean(x, x0, schedule, t, s)
         z = noise(x)
-        x = mean if s < 0 else mean + over((log_variance(schedule, t, s, variance, v) / 2).exp(), x) * z
+        x = mean if s < 0 else mean + (log_variance(schedule, t, s, variance, v) / 2).exp().to(x) * z
         yield Step(t, s, x, x0, eps)

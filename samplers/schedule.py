@@ -18,7 +18,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         a = self.alphas
-        if a.ndim != 1 or not len(a) or a.min() <= 0 or a.max() > 1 or a.diff().gt(0).any():
+        if a.ndim != 1 or not len(a) or not (a.min() > 0 and a.max() <= 1 and a.diff().le(0).all()):  # nor NaN
             raise ValueError("a schedule is one row of cumulative alphas in (0, 1] that never rise")
 
     def __len__(self) -> int:
