@@ -94,8 +94,16 @@ def download(repo: str, file: str, revision: str | None) -> Path | None:
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError) as e:
-        raise HubError(f"the Hub refused {file} of {repo} ({str(e).splitlines()[0]}): try again later") from e
+        raise HubError(f"the Hub refused {file} of {repo} ({first_line(e)}): try again later") from e
     except OSError as e:
         if e.errno == errno.ENOSPC:
             raise DiskFullError(f"no room for {file} of {repo}: free some, or set HF_HOME to another disk") from e
-        raise OfflineError(f"cannot fetch {file} of {repo} ({e}): connect, or give a local path") from e
+        raise OfflineError(f"cannot fetch {file} of {repo} ({first_line(e)}): connect, or give a local path") from e
+    except Exception as e:  # whatever else its client or the network below it raises
+        why = f"{type(e).__name__}: {first_line(e)}"
+        raise HubError(f"cannot fetch {file} of {repo} ({why}): try again, or give a local path") from e
+
+
+def first_line(e: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(e).splitlines() or [""])[0]

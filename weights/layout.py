@@ -1,7 +1,7 @@
 """Which layout a set of keys is in: told from the keys and shapes alone, never from a file's name."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import adm, ddpm, ddpmpp
-from .errors import LayoutError, first
+from .errors import LayoutError
 from .names import Shape
 
 
@@ -60,20 +60,17 @@ WRAPPERS = ("ema", "model_ema", "state_dict", "model")  # the first that is ther
 
 def detect(shapes: Mapping[str, Shape]) -> Layout:
     """The layout of most of the keys.  Raises LayoutError, naming the nearest, if it has less than half of them."""
-    for pattern, what in FOREIGN.items():
-        if key := next((key for key in shapes if re.match(pattern, key)), None):
-            raise LayoutError(
-                f"these are the keys of {what} ({first([key])}); pixel DDPM, ADM and DDPM++ are read here"
-            )
-    fits = {
-        layout: sum(bool(re.match(layout.keys, key)) for key in shapes) for layout in (HO, GUIDED, SCORE_SDE, DIFFUSERS)
-    }
+    fits: dict[Layout, int] = {}
+    for layout in (DIFFUSERS, HO, GUIDED, SCORE_SDE):
+        begins = re.compile(layout.keys, re.ASCII)
+        fits[layout] = sum(begins.match(key) is not None for key in shapes)
+        if fits[layout] == len(shapes):
+            break
     layout = max(fits, key=lambda fit: fits[fit])
     if 2 * fits[layout] <= len(shapes):
         near = f"the nearest is {layout.name}, with {fits[layout]} of {len(shapes)} keys" if fits[layout] else ""
-        raise LayoutError(f"no known layout has such keys; {near or 'none comes near'}", unexpected=[
-            key for key in shapes if not re.match(layout.keys, key)
-        ])  # fmt: skip
+        strange = [key for key in shapes if not re.match(layout.keys, key)]
+        raise LayoutError(f"no known layout has such keys; {near or 'none comes near'}", unexpected=strange)
     if layout is not DIFFUSERS:
         return layout
     emb, conv = (shapes.get(f"down_blocks.0.resnets.0.{leaf}.weight", (0,))[:1] for leaf in ("time_emb_proj", "conv1"))
@@ -83,6 +80,12 @@ def detect(shapes: Mapping[str, Shape]) -> Layout:
     ):
         return ADM_DIFFUSERS
     return DIFFUSERS_2022 if any(re.search(r"\.attentions\.\d\.query\.", key) for key in shapes) else DIFFUSERS
+
+
+def foreign(keys: Iterable[str]) -> str:
+    """What the keys are of, if it is a network often mistaken for one of these; else nothing."""
+    keys = list(keys)
+    return next((what for pattern, what in FOREIGN.items() if any(re.match(pattern, key) for key in keys)), "")
 
 
 def state(content: Any) -> dict[str, Tensor]:

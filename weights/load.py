@@ -13,7 +13,7 @@ from . import adm, hub
 from .catalogue import CATALOGUE
 from .errors import LayoutError, MissingFileError, WeightsError
 from .files import HALVES, check_finite, check_floating, opened, read_json, sha256
-from .layout import ADM_DIFFUSERS, detect, state
+from .layout import ADM_DIFFUSERS, detect, foreign, state
 from .names import rename
 from .settings import settings
 
@@ -77,7 +77,7 @@ def read(path: Path, *, config: Mapping[str, Any] | str | os.PathLike[str] | Non
         config = read_json(beside) if beside.is_file() else {}
     elif not isinstance(config, Mapping):
         config = read_json(Path(config))
-    where = str(path)
+    where, tensors = str(path), {}
     try:
         tensors = state(found.content)
         layout = detect({key: tuple(t.shape) for key, t in tensors.items()})
@@ -88,6 +88,8 @@ def read(path: Path, *, config: Mapping[str, Any] | str | os.PathLike[str] | Non
         strays = layout.tables.strays(plan, layout.column)
         tensors = rename(tensors, layout.tables.table(plan, layout.column), layout.tables.want(plan), ignore=strays)
     except LayoutError as e:
+        if what := foreign(tensors):
+            raise LayoutError(f"{path} is {what}; pixel DDPM, ADM and DDPM++ networks are read here") from e
         lists = {name: getattr(e, name) for name in ("missing", "unexpected", "misshapen", "doubled")}
         raise LayoutError(f"{where}: {e.message}".removesuffix(": "), **lists) from e
     try:

@@ -60,7 +60,7 @@ def ends(module: str, leaf: str | tuple[str, str]) -> tuple[str, str]:
     """The names of a leaf's weight and bias."""
     if isinstance(leaf, tuple):
         return f"{module}.{leaf[0]}", f"{module}.{leaf[1]}"
-    stem = f"{module}.{leaf}" if leaf else module
+    stem = f"{module}.{leaf}".strip(".")
     return f"{stem}.weight", f"{stem}.bias"
 
 
