@@ -11,7 +11,7 @@ Blend = Callable[[Tensor, Tensor, float], Tensor]  # (h, content h, gamma) -> mi
 def match_norm(content: Tensor, h: Tensor) -> Tensor:
     """content at h's norm, each taken as one vector per image; an all-zero content stays zero."""
     length, wanted = norm(content), norm(h)
-    return content * torch.where(length > 0, wanted / length, 0.0)
+    return content * torch.where(length > 0, wanted / length.where(length > 0, 1.0), 0.0)
 
 
 def slerp(h: Tensor, content: Tensor, gamma: float) -> Tensor:
@@ -26,6 +26,7 @@ def slerp(h: Tensor, content: Tensor, gamma: float) -> Tensor:
     angle = 2 * torch.atan2(norm(u - v), norm(u + v))  # exact for small angles, where acos of a dot product is not
     sine = angle.sin()
     arc = (sine > 1e-6) & (length > 0)
+    sine = sine.where(arc, 1.0)  # no division by zero, in the gradients either
     weight = torch.where(arc, ((1 - gamma) * angle).sin() / sine, 1 - gamma)
     weight_content = torch.where(arc, (gamma * angle).sin() / sine, gamma)
     return weight * h + weight_content * content
