@@ -1,0 +1,216 @@
+"""Stable Diffusion's autoencoder (Rombach et al. 2022): pictures to latents an eighth as large, and back."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import Norm, double
+from .ops import TORCH, Ops, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    in_channels: int = 3
+    latent_channels: int = 4
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # of each level, fine to coarse
+    blocks: int = 2  # residual blocks per level (decoder: one more)
+    groups: int = 32
+    scaling: float = 0.13025  # latents are this times what the encoder gives
+
+
+SDXL_VAE = VAEConfig()  # 83,653,863 parameters
+SD_VAE = replace(SDXL_VAE, scaling=0.18215)  # Stable Diffusion 1 and 2
+
+
+class NonFiniteError(ValueError):
+    """A place where NaN or infinity came up first."""
+
+
+class Moments(NamedTuple):
+    """The encoder's Gaussian over latents, before scaling."""
+
+    mean: Tensor  # (B, L, H / 8, W / 8)
+    logvar: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+
+class Stem(nn.Conv2d):
+    """A first convolution."""
+
+    def __init__(self, cin: int, cout: int):
+        super().__init__(cin, cout, 3, padding=1)
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(x)
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, norm, SiLU, conv, + shortcut."""
+
+    def __init__(self, cin: int, cout: int, cfg: VAEConfig, stage: str, i: int = 0, norms: int = 0):
+        super().__init__()
+        self.norm1 = Norm(cin, Site(stage, norms, "norm"), groups=cfg.groups, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = Norm(cout, Site(stage, norms + 1, "norm"), groups=cfg.groups, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.site = Site(stage, i, "res")
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:  # (B, Cin, H, W) -> (B, Cout, H, W)
+        return ops.add(self.site, self.skip(x), self.conv2(self.norm2(self.conv1(self.norm1(x, ops)), ops)))
+
+
+class Attention(nn.Module):
+    """Self-attention over pixels, one head."""
+
+    def __init__(self, channels: int, cfg: VAEConfig, stage: str):
+        super().__init__()
+        self.norm = Norm(channels, Site(stage, 2, "norm"), groups=cfg.groups, eps=1e-6, silu=False)
+        self.q, self.k, self.v, self.out = (nn.Linear(channels, channels) for _ in range(4))
+        self.site = Site(stage, 0, "self")
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        y = self.norm(x, ops).flatten(2).transpose(1, 2)  # (B, N, C)
+        q, k, v = (proj(y)[:, None] for proj in (self.q, self.k, self.v))  # (B, 1, N, C)
+        y = self.out(ops.attend(self.site, q, k, v)[:, 0])
+        return ops.add(self.site, x, y.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Down(nn.Module):
+    """Halve the resolution: a strided convolution, padded on the right and below only."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Up(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        return self.conv(double(x))
+
+
+class Out(nn.Module):
+    """norm, SiLU, conv."""
+
+    def __init__(self, cin: int, cout: int, cfg: VAEConfig, stage: str):
+        super().__init__()
+        self.norm = Norm(cin, Site(stage, 0, "norm"), groups=cfg.groups, eps=1e-6)
+        self.conv = nn.Conv2d(cin, cout, 3, padding=1)
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        return self.conv(self.norm(x, ops))
+
+
+class Stage(nn.ModuleList):
+    """Modules applied in order."""
+
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        for module in self:
+            x = module(x, ops)
+        return x
+
+
+def middle(channels: int, cfg: VAEConfig, stage: str) -> Stage:
+    """A residual block, attention, a residual block."""
+    blocks = (ResBlock(channels, channels, cfg, stage, i, 3 * i) for i in range(2))
+    return Stage([next(blocks), Attention(channels, cfg, stage), next(blocks)])
+
+
+class VAE(nn.Module):
+    """Two lists: `enc` (stem, levels, middle, out) and `dec` (stem, middle, levels, out)."""
+
+    def __init__(self, cfg: VAEConfig = SDXL_VAE):
+        super().__init__()
+        self.cfg, self.multiple = cfg, 2 ** (len(cfg.channels) - 1)
+        last, ch, z = len(cfg.channels) - 1, cfg.channels[0], cfg.latent_channels
+        self.enc = nn.ModuleList([Stage([Stem(cfg.in_channels, ch)])])
+        for level, cout in enumerate(cfg.channels):
+            name = f"enc.{level + 1}"
+            widths = [ch, *[cout] * cfg.blocks]
+            blocks = [ResBlock(widths[i], cout, cfg, name, i, 2 * i) for i in range(cfg.blocks)]
+            self.enc.append(Stage([*blocks, Down(cout)] if level < last else blocks))
+            ch = cout
+        self.enc.append(middle(ch, cfg, f"enc.{last + 2}"))
+        self.enc.append(Stage([Out(ch, 2 * z, cfg, f"enc.{last + 3}")]))
+        self.quant, self.post_quant = nn.Conv2d(2 * z, 2 * z, 1), nn.Conv2d(z, z, 1)
+
+        self.dec = nn.ModuleList([Stage([Stem(z, ch)]), middle(ch, cfg, "dec.1")])
+        for level, cout in reversed(list(enumerate(cfg.channels))):
+            name = f"dec.{last - level + 2}"
+            widths = [ch, *[cout] * cfg.blocks]
+            blocks = [ResBlock(widths[i], cout, cfg, name, i, 2 * i) for i in range(cfg.blocks + 1)]
+            self.dec.append(Stage([*blocks, Up(cout)] if level else blocks))
+            ch = cout
+        self.dec.append(Stage([Out(ch, cfg.in_channels, cfg, f"dec.{last + 3}")]))
+
+    def encode(self, x: Tensor, ops: Ops = TORCH) -> Moments:
+        """Pictures (B, 3, H, W) in [-1, 1] -> mean and log variance (B, 4, H / 8, W / 8), before scaling.
+
+        A ValueError is raised where x has other channels, or H or W is no multiple of 8.
+        """
+        m = self.multiple
+        if x.ndim != 4 or x.shape[1] != self.cfg.in_channels or x.shape[2] % m or x.shape[3] % m:
+            want = f"(B, {self.cfg.in_channels}, H, W) with H and W multiples of {m}"
+            raise ValueError(f"the autoencoder takes pictures {want}; got {tuple(x.shape)}")
+        for stage in self.enc:
+            x = stage(x, ops)
+        mean, logvar = self.quant(x).chunk(2, dim=1)
+        return Moments(mean, logvar.clamp(-30, 20))
+
+    def decode(self, z: Tensor, ops: Ops = TORCH) -> Tensor:
+        """Latents over `scaling` (B, 4, H, W) -> pictures (B, 3, 8H, 8W) about [-1, 1], not clamped.
+
+        A ValueError is raised where z has other channels.
+        """
+        if z.ndim != 4 or z.shape[1] != self.cfg.latent_channels:
+            raise ValueError(f"latents are (B, {self.cfg.latent_channels}, H, W); got {tuple(z.shape)}")
+        z = self.post_quant(z)
+        for stage in self.dec:
+            z = stage(z, ops)
+        return z
+
+    def latents(self, x: Tensor, noise: Tensor | None = None, ops: Ops = TORCH) -> Tensor:
+        """Pictures in [-1, 1] -> scaled latents, as a UNet takes them: the mean, or a sample where noise is given."""
+        moments = self.encode(x, ops)
+        return self.cfg.scaling * (moments.mean if noise is None else moments.sample(noise))
+
+    def pictures(self, latents: Tensor, ops: Ops = TORCH) -> Tensor:
+        """Scaled latents -> pictures about [-1, 1], not clamped."""
+        return self.decode(latents / self.cfg.scaling, ops)
+
+
+def decode_checked(vae: VAE, z: Tensor, ops: Ops = TORCH) -> Tensor:
+    """`vae.decode(z)` stage by stage.  Raises NonFiniteError that names the first stage with NaN or infinity in it.
+
+    The published SDXL weights overflow float16 in the decoder; bfloat16 and float32 hold them, and so does float16
+    with weights made for it (sdxl-vae-fp16-fix).
+    """
+    x = z
+    for name, module in (
+        ("z", None),
+        ("post_quant", vae.post_quant),
+        *((f"dec.{i}", s) for i, s in enumerate(vae.dec)),
+    ):
+        x = x if module is None else module(x, ops) if isinstance(module, Stage) else module(x)
+        if not bool(torch.isfinite(x).all()):
+            bad, kind = int((~torch.isfinite(x)).sum()), str(x.dtype).removeprefix("torch.")
+            cure = (
+                "compute it in bfloat16 or float32" if x.dtype == torch.float16 else "its input or weights are at fault"
+            )
+            raise NonFiniteError(f"{bad} of {x.numel()} values of {name} are not finite in {kind}: {cure}")
+    return x
