@@ -59,6 +59,8 @@ def jacobian(
     modes must be defined for the verbs in `ops`.  h: (B, C, H, W); images of a batch do not mix.
     """
     channels = unet.cfg.in_channels  # type: ignore[union-attr]
+    if not 1 <= k <= h[0].numel():
+        raise ValueError(f"h has 1 ... {h[0].numel()} directions; got k = {k}")
 
     def decode(h: Tensor) -> Tensor:
         return unet.decode(h, list(skips), c, ops)[:, :channels]
