@@ -22,7 +22,7 @@ def plot(
     low: float = -1.0,
     high: float = 1.0,
 ) -> Image.Image:
-    """Named lines over x, y in low ... high; a nan leaves a gap."""
+    """Named lines over x, y in low ... high, the first one broad; a nan leaves a gap."""
     canvas = Image.new("RGB", (WIDE * SHARP, HIGH * SHARP), PAPER)
     draw, letters, big = ImageDraw.Draw(canvas), font(13 * SHARP), font(17 * SHARP)
     left, right, top, bottom = LEFT * SHARP, (WIDE - RIGHT) * SHARP, TOP * SHARP, (HIGH - BOTTOM) * SHARP
@@ -38,9 +38,9 @@ def plot(
         draw.line([(left, y), (right, y)], fill=INK if abs(level) < 1e-9 else (225, 225, 228), width=SHARP)
         text = f"{level:.2f}".rstrip("0").rstrip(".") or "0"
         draw.text((left - 8 * SHARP - width(text, letters), y - 9 * SHARP), text, GREY, font=letters)
-    for i in range(6):
-        at = first + span * i / 5
-        u, text = place(at, low)[0], f"{at:.0f}"
+    gap = next(g for g in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if g >= span / 7 or g == 1000)
+    for at in range(math.ceil(first / gap) * gap, math.floor(first + span) + 1, gap):
+        u, text = place(at, low)[0], str(at)
         draw.line([(u, bottom), (u, bottom + 5 * SHARP)], fill=INK, width=SHARP)
         draw.text((u - width(text, letters) / 2, bottom + 8 * SHARP), text, GREY, font=letters)
     draw.rectangle([left, top, right, bottom], outline=INK, width=SHARP)
@@ -49,7 +49,7 @@ def plot(
         for u, v in sorted(zip(x, values, strict=True)):
             here = None if math.isnan(v) else place(u, v)
             if here and previous:
-                draw.line([previous, here], fill=colour, width=2 * SHARP)
+                draw.line([previous, here], fill=colour, width=(2 if i else 6) * SHARP)
             previous = here
         y = top + i * 22 * SHARP
         draw.line(

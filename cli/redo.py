@@ -94,7 +94,7 @@ def again(record: Mapping[str, Any], *, model: str | None = None, quiet: bool = 
         raise CommandError(f"the weights of {args.model} are others than the picture's (sha256 {was}...): give --model")
     with torch.no_grad():
         for made in command.make(args, session):
-            if made.record is not None and made.record["picture"] == record["picture"]:
+            if made.record and all(made.record[key] == record[key] for key in ("command", "picture")):
                 return made
     raise CommandError(f"diaphane {record['command']} makes no {record['picture']}")
 

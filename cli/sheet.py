@@ -79,6 +79,29 @@ def stacked(parts: Sequence[Image.Image], space: int = 16) -> Image.Image:
     return canvas
 
 
+def side_by_side(parts: Sequence[Image.Image], space: int = 32) -> Image.Image:
+    """Sheets in columns."""
+    canvas = Image.new("RGB", (sum(part.width + space for part in parts), max(part.height for part in parts)), PAPER)
+    left = space // 2
+    for part in parts:
+        canvas.paste(part, (left, 0))
+        left += part.width + space
+    return canvas
+
+
+def headed(picture: Image.Image, title: str, text: str) -> Image.Image:
+    """A sheet under a heading and some lines of text."""
+    big, letters = font(SIZE + 8), font(SIZE + 2)
+    top = SIZE + 24 + lines(text) * (SIZE + 8) + 8
+    wide = max(picture.width, width(title, big) + 2 * GAP, width(text, letters) + 2 * GAP)
+    canvas = Image.new("RGB", (wide, top + picture.height), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((GAP, 4), title, INK, font=big)
+    draw.multiline_text((GAP, SIZE + 24), text, GREY, font=letters, spacing=6)
+    canvas.paste(picture, (0, top))
+    return canvas
+
+
 def width(text: str, letters: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> int:
     """Pixels that a text takes."""
     return max((math.ceil(letters.getlength(row)) for row in text.splitlines()), default=0)
