@@ -66,6 +66,16 @@ def test_a_file_is_known_by_its_content_not_by_its_name(tmp_path: Path):
     assert net.sha256 == sha256(DDPM / "model.safetensors") == load(DDPM).sha256
 
 
+def test_safetensors_whose_first_byte_is_a_pickles_are_safetensors(tmp_path: Path):
+    tensors = load_file(DDPM / "model.safetensors")
+    lengths = set()
+    for n in range(0, 264, 8):  # the header's length passes every multiple of eight
+        save_file(tensors, tmp_path / "x", {"note": "." * n})
+        lengths.add((tmp_path / "x").read_bytes()[0])
+        assert load(tmp_path / "x").family == "ddpm"
+    assert 0x80 in lengths
+
+
 def test_settings_come_from_the_caller_then_config_json_then_convention():
     assert load(DDPM, config={}).config["resolution"] == 32  # attention at 16, on the second level
     assert load(DDPM, config={}, resolution=64).config["attention"] == (32,)

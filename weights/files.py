@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -45,10 +46,12 @@ def opened(path: Path) -> Opened:
         raise CorruptFileError(f"{path} is empty: fetch it again")
     if path.name.endswith(".index.json"):
         return sharded(path)
-    if head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
-        return Opened(unpickled(path), (path,))
-    if head[8:9] == b"{":
+    torch_file = head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
+    # safetensors begin with the length of a json header, whose first byte may be a pickle's
+    if head[8:9] == b"{" and (not torch_file or int.from_bytes(head[:8], "little") <= size - 8):
         return safetensors(path, size)
+    if torch_file:
+        return Opened(unpickled(path), (path,))
     for start, what in {b"version https://git-lfs": "a Git LFS pointer: run git lfs pull", b"<": "a web page"}.items():
         if head.lstrip()[: len(start)] == start:
             raise CorruptFileError(f"{path} is {what}, not weights")
@@ -89,15 +92,15 @@ def unpickled(path: Path) -> Any:
     """What a torch file holds: tensors, numbers, strings, plain containers; code in it is refused, not run."""
     try:
         # files from before torch 1.6 are no zip archives and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles; what matters of them is raised
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as e:
-        code = re.search(r"GLOBAL ([\w.]+)|global ([\w.]+)", str(e))
-        if code or "Unsupported" in str(e):
-            name = next(filter(None, code.groups())) if code else "unknown instructions"
+        if code := re.search(r"GLOBAL ([\w.]+)", str(e)):
             raise UnsafePickleError(
-                f"{path} holds code ({name}), which is not run: save its tensors as safetensors where you trust it"
+                f"{path} holds code ({code[1]}), which is not run: save its tensors as safetensors where you trust it"
             ) from e
-        raise CorruptFileError(f"{path} is a damaged torch file: fetch it again") from e
+        raise CorruptFileError(f"{path} is a damaged torch file, or a pickle of other things: fetch it again") from e
     except Exception as e:  # what a damaged pickle raises is anything
         raise CorruptFileError(f"{path} is a damaged torch file ({type(e).__name__}): fetch it again") from e
 

@@ -1,0 +1,165 @@
+"""The Hub's client against a server of our own: fetching, the cache, checksums, and one line for each refusal."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from diaphane.weights import hub
+from diaphane.weights.catalogue import CATALOGUE, ENTRIES
+from diaphane.weights.errors import ChecksumError, DiskFullError, HubError, MissingFileError, OfflineError
+from diaphane.weights.load import load
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+HERE = Path(__file__).parent
+TINY = HERE / "golden" / "tiny-ddpm" / "diffusers"
+COMMIT = "0" * 39 + "1"
+
+
+class Server(BaseHTTPRequestHandler):
+    """A Hub with a whole repository, a damaged one, a gated one, a broken one, and one without weights."""
+
+    def reply(self, body: bool):
+        _, name, resolve, _, *rest = self.path.strip("/").split("/")
+        file = TINY / "/".join(rest)
+        refusals = {"gated": (403, "GatedRepo"), "nothing": (404, "RepoNotFound"), "broken": (500, "")}
+        if resolve != "resolve" or name in refusals:
+            code, error = refusals.get(name, (404, "RepoNotFound"))
+        elif not file.is_file() or name == "empty":
+            code, error = 404, "EntryNotFound"
+        else:
+            content = file.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            sent = content[:-1] + b"\0" if name == "damaged" and file.suffix == ".safetensors" else content
+            self.send_response(200)
+            for header, value in {
+                "X-Repo-Commit": COMMIT, "ETag": f'"{digest}"', "X-Linked-Etag": f'"{digest}"',
+                "X-Linked-Size": str(len(content)), "Content-Length": str(len(content)),
+            }.items():  # fmt: skip
+                self.send_header(header, value)
+            self.end_headers()
+            self.wfile.write(sent if body else b"")
+            return
+        self.send_response(code)
+        self.send_header("X-Error-Code", error)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_HEAD(self):
+        self.reply(body=False)
+
+    def do_GET(self):
+        self.reply(body=True)
+
+    def log_message(self, format: str, *args: object):
+        pass
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def asked(cache: Path, endpoint: str, *names: str, **env: str) -> list[str]:
+    """The lines of a process of its own that loads names."""
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+        **env,
+    }
+    command = [sys.executable, str(HERE / "hub_client.py"), *names]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=cache, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_hub_is_read_and_every_refusal_is_one_line_with_the_cure(tmp_path: Path, endpoint: str):
+    names = ["me/whole", "me/damaged", "me/gated", "me/nothing", "me/empty", "me/whole:other.pt"]
+    whole, damaged, gated, nothing, empty, other = asked(tmp_path, endpoint, *names)
+    assert whole == "loaded ddpm 32 diffusion_pytorch_model.safetensors"
+    assert damaged.startswith("ChecksumError: ")
+    assert "delete it and fetch it again" in damaged
+    assert gated.startswith("GatedError: me/gated is gated: accept its terms at https://huggingface.co/me/gated")
+    assert nothing.startswith("NotOnHubError: there is no me/nothing on the Hub, or it is private")
+    assert empty.startswith("NotOnHubError: me/empty has no weight file (diffusion_pytorch_model.safetensors, ")
+    assert other.startswith("NotOnHubError: me/whole has no other.pt")
+    offline = asked(tmp_path, endpoint, "me/whole", "me/never", HF_HUB_OFFLINE="1")
+    assert offline[0] == whole  # from the cache
+    assert offline[1].startswith("OfflineError: ")
+    assert "unset HF_HUB_OFFLINE" in offline[1]
+
+
+def raising(error: Exception):
+    def download(*args: object, **kwargs: object):
+        raise error
+
+    return download
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "cure"),
+    [
+        (OSError(28, "No space left on device"), DiskFullError, "free some, or set HF_HOME to another disk"),
+        (
+            LocalEntryNotFoundError("after its retries"),
+            OfflineError,
+            "the Hub cannot be reached: connect, unset HF_HUB",
+        ),
+        (RuntimeError("surprise\nsecond line"), HubError, "RuntimeError: surprise): try again"),
+    ],
+)
+def test_what_else_goes_wrong_is_one_line_too(monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type, cure: str):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", raising(error))
+    with pytest.raises(kind) as caught:
+        load("me/whole")
+    assert cure in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_published_checksum_is_held_against_the_file(tmp_path: Path):
+    path = tmp_path / "x"
+    path.write_bytes(b"x")
+    hub.verify(path, hashlib.sha256(b"x").hexdigest())
+    with pytest.raises(ChecksumError, match=r"has sha256 2d711642b726…, not 000000000000…"):
+        hub.verify(path, "0" * 64)
+
+
+def test_dead_links_and_files_to_be_fetched_by_hand_say_so():
+    with pytest.raises(MissingFileError, match=r"is gone from its address: use diffusionclip-celebahq"):
+        load("sdedit-celebahq")
+    with pytest.raises(
+        MissingFileError, match=r"is gone from its address: no copy on the Hub is known, or give the path"
+    ):
+        load("sdedit-church")
+    with pytest.raises(MissingFileError, match=r"is not on the Hub: .*download it from https://github.com/jychoi118"):
+        load("p2-ffhq")
+
+
+def test_the_catalogue_is_consistent():
+    assert len(CATALOGUE) == len(ENTRIES)
+    for entry in ENTRIES:
+        assert bool(entry.repo) != bool(entry.url)
+        assert entry.mirror is None or entry.mirror in CATALOGUE
+        assert entry.status in ("alive", "dead", "unverified")
+        assert entry.repo is None or hub.is_repo(entry.repo)
+        assert (
+            entry.layout
+            in {"ddpm": ("ho", "diffusers"), "adm": ("guided", "adm-diffusers"), "ddpmpp": ("score-sde",)}[entry.family]
+        )
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x/y", "a/b/c", "a b/c", "./a", "a/", "", "ä/b"])
+def test_what_is_no_repository_is_never_asked_for(name: str):
+    assert not hub.is_repo(name)
