@@ -77,7 +77,7 @@ def equal(a: list[Step], b: list[Step]):
 
 
 def same(a: Tensor, b: Tensor, tolerance: float = 1e-9):
-    torch.testing.assert_close(a, b, atol=tolerance * max(1.0, float(b.abs().max())), rtol=0)
+    torch.testing.assert_close(a, b, atol=tolerance * max(1.0, float(b.detach().abs().max())), rtol=0)
 
 
 def apart(a: list[Step], b: list[Step]) -> float:
