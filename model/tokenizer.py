@@ -1,0 +1,103 @@
+"""CLIP's tokeniser: text to byte-pair ids from a vocabulary and its merges, padded as its encoder wants it."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Text -> start, at most `length` - 2 tokens, end, padding.
+
+    `pad` is the token that fills up: the end (Stable Diffusion 1, the first encoder of SDXL) or "!" (the second, and
+    Stable Diffusion 2).  With `cut_pad` a pad token inside a text is taken out as such before anything else, so that
+    every literal "!" is the pad id, which is what transformers does; without, "!" is text like any other, which is
+    what the encoders were trained on (open_clip).
+    """
+
+    def __init__(
+        self,
+        vocabulary: str | os.PathLike[str],
+        merges: str | os.PathLike[str],
+        *,
+        pad: str = END,
+        cut_pad: bool = True,
+        length: int = 77,
+    ):
+        from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+        from tokenizers import Tokenizer as Backend
+        from tokenizers.models import BPE
+
+        words = read_vocabulary(Path(vocabulary))
+        for token in (START, END, pad):
+            if token not in words:
+                raise ValueError(f"{vocabulary} has no {token}: it is no vocabulary of CLIP's")
+        try:
+            model = BPE(words, read_merges(Path(merges)), end_of_word_suffix="</w>", unk_token=END)
+        except Exception as e:  # the backend raises nothing narrower
+            raise ValueError(f"{merges} does not fit {vocabulary}: {e}") from e
+        backend = Backend(model)
+        backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+            [
+                pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        raw = {pad} if cut_pad else set()  # found before the text is normalised, the others after
+        special = [AddedToken(token, special=True, normalized=token not in raw) for token in sorted({START, END} | raw)]
+        backend.add_special_tokens(special)
+        self.backend, self.length = backend, length
+        self.start, self.end, self.pad = (words[token] for token in (START, END, pad))
+
+    def ids(self, text: str) -> list[int]:
+        """A text's ids between start and end, as many as there are.  Raises ValueError for what is no text."""
+        if not isinstance(text, str):
+            raise ValueError(f"a prompt is text, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as e:
+            raise ValueError(f"the prompt has half a character (a lone surrogate) at {e.start}") from e
+        return [self.start, *self.backend.encode(text, add_special_tokens=False).ids, self.end]
+
+    def pieces(self, text: str) -> list[str]:
+        """The tokens that `ids` numbers; the last of a word ends in </w>."""
+        return [self.backend.id_to_token(i) or "" for i in self.ids(text)]
+
+    def __call__(self, texts: Sequence[str] | str) -> Tensor:
+        """Texts -> ids (B, 77), cut to that length with the end last, or padded."""
+        rows = [self.ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        rows = [row if len(row) <= self.length else [*row[: self.length - 1], self.end] for row in rows]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows]).view(-1, self.length)
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Tokens and their ids.  Raises ValueError where the file is no such json."""
+    try:
+        words = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise ValueError(f"{path} is not json: {e}") from e
+    if not isinstance(words, dict) or not all(type(i) is int and i >= 0 for i in words.values()):
+        raise ValueError(f"{path} is no vocabulary: it should map tokens to ids")
+    return words
+
+
+def read_merges(path: Path) -> list[tuple[str, str]]:
+    """Pairs in order of their merging, under a version or not.  Raises ValueError for a line that is no pair."""
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.rstrip("\r").split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"{path}, line {number}: {line[:40]!r} is no pair of tokens")
+        pairs.append((pair[0], pair[1]))
+    return pairs
