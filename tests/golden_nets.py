@@ -11,6 +11,7 @@ from diaphane.methods.delta import ADMDeltaBlock, DeltaBlock, delta_block
 from diaphane.model.blocks import ThreeLists
 from diaphane.model.load import build
 from diaphane.weights import adm, ddpm
+from diaphane.weights.asyrp import LEAVES, load_delta_blocks
 from diaphane.weights.load import load
 from diaphane.weights.plan import Plan
 from safetensors.torch import load_file, save_file
@@ -51,29 +52,18 @@ def tiny_scaled_stem(name: str, factor: float) -> ThreeLists:
     return unet
 
 
-# ours -> the authors' names of a delta block's layers
-LAYERS = {
-    "ddpm": {"conv1": "conv1", "emb": "temb_proj", "norm": "norm2", "conv2": "conv2"},
-    "adm": {
-        "norm1": "in_layers.0", "conv1": "in_layers.2", "emb": "emb_layers.1",
-        "norm2": "out_layers.0", "conv2": "out_layers.3",
-    },
-}  # fmt: skip
-
-
 def official_name(family: str, name: str) -> str:
-    """conv1.weight and the like, as the authors call it."""
+    """A parameter of a delta block, conv1.weight and the like, as the authors call it."""
     layer, leaf = name.split(".")
-    return f"{LAYERS[family][layer]}.{leaf}"
+    return f"{dict(LEAVES[family])[layer]}.{leaf}"
 
 
 def blocks(name: str) -> list[DeltaBlock | ADMDeltaBlock]:
     """The tiny network's delta blocks, in float32, fresh ones at every call."""
-    stored = load_file(TINY / f"tiny-{name}" / "delta_blocks.safetensors")
-    ours = [f"{layer}.{leaf}" for layer in LAYERS[name] for leaf in ("weight", "bias")]
-    count = len(stored) // len(ours)
-    tensors = [{key: stored[f"block{i}.{official_name(name, key)}"].float() for key in ours} for i in range(count)]
-    return [delta_block(given).requires_grad_(False) for given in tensors]
+    stored = load_delta_blocks(TINY / f"tiny-{name}" / "delta_blocks.safetensors")
+    assert stored.family == name
+    floats = [{key: tensor.float() for key, tensor in tensors.items()} for tensors in stored.blocks]
+    return [delta_block(tensors).requires_grad_(False) for tensors in floats]
 
 
 def formula_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
