@@ -19,6 +19,7 @@ COMMANDS = {
     "env": "versions, devices and folders",
     "redo": "make a picture again from what it says of itself, bit for bit",
 }
+LONGEST = 1000  # characters of an error
 WIDTH = max(map(len, COMMANDS))
 HELP = f"""usage: diaphane COMMAND [options]        diaphane COMMAND --help        diaphane --version
 
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def refuse(name: str, why: object) -> int:
     """Say in one line what is wrong."""
-    print(line(f"diaphane {name}".strip() + f": {why}"), file=sys.stderr)
+    text = line(f"diaphane {name}".strip() + f": {why}")
+    print(text if len(text) <= LONGEST else f"{text[: LONGEST - 4]} ...", file=sys.stderr)
     return 2
 
 
