@@ -116,11 +116,11 @@ def reshaped(name: str, path: Path, rng: random.Random) -> None:
         shape = list(tensors[key].shape)
         kind = rng.randrange(6)
         if kind == 0:
-            shape[rng.randrange(len(shape))] = rng.choice((0, 1, 2, 7, 96))
+            shape[-rng.randrange(3) :] = [rng.choice((0, 1, 2, 7, 96))]
         elif kind == 1:
             shape.insert(rng.randrange(len(shape) + 1), rng.choice((1, 1, 2)))
         elif kind == 2:
-            shape.pop()
+            del shape[-1:]
         elif kind == 3:
             shape.reverse()
         dtype = rng.choice((torch.int64, torch.bool, torch.float64, torch.bfloat16)) if kind == 4 else HALF

@@ -102,6 +102,8 @@ def test_settings_come_from_the_caller_then_config_json_then_convention():
         ({"image_size": 32, "model_channels": 64}, {}, "config.json says base = 64, the tensors say 32"),
         ({"model_channels": 32, "num_heads": 4, "num_heads_upsample": 8}, {}, "num_heads_upsample = 8"),
         ({"model_channels": 32, "attention_resolutions": "a,b"}, {}, "config.json is malformed"),
+        ({"model": {"ch": 32, "attn_resolutions": 16}}, {}, "config.json says attention = 16, which is no such"),
+        ({"model": {"ch": 32, "ch_mult": "1,2"}}, {}, "config.json says mult = '1,2', which is no such"),
         ({"hidden_size": 768}, {}, "config.json is none of diffusers', guided-diffusion's or Asyrp's"),
     ],
 )

@@ -47,6 +47,11 @@ def said(kind: type[WeightsError], path: Path | str, **given: object) -> str:
     return line
 
 
+@pytest.mark.parametrize("name", ["", "x" * 5000, "~nobody-of-that-name/x", "a\0b", "\n", "/dev/null"])
+def test_what_cannot_be_a_file_is_no_file(name: str):
+    assert said(MissingFileError, name).startswith(("there is no ", "cannot open "))
+
+
 def test_no_such_file_names_what_would_do():
     assert "there is no nowhere.safetensors: give a weight file, a folder, a repository" in said(
         MissingFileError, "nowhere.safetensors"

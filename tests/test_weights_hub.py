@@ -25,12 +25,13 @@ class Server(BaseHTTPRequestHandler):
     """A Hub with a whole repository, a damaged one, a gated one, a broken one, and one without weights."""
 
     def reply(self, body: bool):
-        _, name, resolve, _, *rest = self.path.strip("/").split("/")
+        _, name, resolve, _, *rest = [*self.path.strip("/").split("/"), "", "", ""]
+        rest = list(filter(None, rest))
         file = TINY / "/".join(rest)
         refusals = {"gated": (403, "GatedRepo"), "nothing": (404, "RepoNotFound"), "broken": (500, "")}
         if resolve != "resolve" or name in refusals:
             code, error = refusals.get(name, (404, "RepoNotFound"))
-        elif not file.is_file() or name == "empty":
+        elif not file.is_file() or name == "empty" or (name == "unset" and file.suffix == ".json"):
             code, error = 404, "EntryNotFound"
         else:
             content = file.read_bytes()
@@ -47,6 +48,7 @@ class Server(BaseHTTPRequestHandler):
             return
         self.send_response(code)
         self.send_header("X-Error-Code", error)
+        self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -84,19 +86,20 @@ def asked(cache: Path, endpoint: str, *names: str, **env: str) -> list[str]:
 
 
 def test_the_hub_is_read_and_every_refusal_is_one_line_with_the_cure(tmp_path: Path, endpoint: str):
-    names = ["me/whole", "me/damaged", "me/gated", "me/nothing", "me/empty", "me/whole:other.pt"]
-    whole, damaged, gated, nothing, empty, other = asked(tmp_path, endpoint, *names)
+    names = ["me/whole", "me/unset", "me/damaged", "me/gated", "me/nothing", "me/empty", "me/whole:other.pt"]
+    whole, unset, damaged, gated, nothing, empty, other = asked(tmp_path, endpoint, *names)
     assert whole == "loaded ddpm 32 diffusion_pytorch_model.safetensors"
+    assert unset == whole  # without its config.json
     assert damaged.startswith("ChecksumError: ")
     assert "delete it and fetch it again" in damaged
     assert gated.startswith("GatedError: me/gated is gated: accept its terms at https://huggingface.co/me/gated")
     assert nothing.startswith("NotOnHubError: there is no me/nothing on the Hub, or it is private")
     assert empty.startswith("NotOnHubError: me/empty has no weight file (diffusion_pytorch_model.safetensors, ")
     assert other.startswith("NotOnHubError: me/whole has no other.pt")
-    offline = asked(tmp_path, endpoint, "me/whole", "me/never", HF_HUB_OFFLINE="1")
-    assert offline[0] == whole  # from the cache
-    assert offline[1].startswith("OfflineError: ")
-    assert "unset HF_HUB_OFFLINE" in offline[1]
+    offline = asked(tmp_path, endpoint, "me/whole", "me/unset", "me/never", HF_HUB_OFFLINE="1")
+    assert offline[:2] == [whole, whole]  # from the cache
+    assert offline[2].startswith("OfflineError: ")
+    assert "unset HF_HUB_OFFLINE" in offline[2]
 
 
 def raising(error: Exception):

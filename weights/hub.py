@@ -24,9 +24,14 @@ def fetch(repo: str, files: Sequence[str], *, revision: str | None = None, check
     """
     from huggingface_hub import try_to_load_from_cache
 
+    unreached: OfflineError | None = None
     for file in files:
         cached = isinstance(try_to_load_from_cache(repo, file, revision=revision), str)
-        path = download(repo, file, revision)
+        try:
+            path = download(repo, file, revision)
+        except OfflineError as e:
+            unreached = unreached or e
+            continue
         if path is None:
             continue
         if not cached:
@@ -34,6 +39,8 @@ def fetch(repo: str, files: Sequence[str], *, revision: str | None = None, check
         folder = file.rpartition("/")[0]
         download(repo, f"{folder}/config.json" if folder else "config.json", revision)
         return path
+    if unreached:
+        raise unreached
     what = files[0] if len(files) == 1 else f"weight file ({', '.join(files)}); name one with file="
     raise NotOnHubError(f"{repo} has no {what}: see https://huggingface.co/{repo}/tree/{revision or 'main'}")
 
@@ -63,7 +70,7 @@ def verify(path: Path, checksum: str | None = None) -> None:
 
 def download(repo: str, file: str, revision: str | None) -> Path | None:
     """One file through huggingface_hub, or None if the repository does not have it."""
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -87,7 +94,7 @@ def download(repo: str, file: str, revision: str | None) -> Path | None:
     except RevisionNotFoundError as e:
         raise NotOnHubError(f"{repo} has no revision {revision}: see {page}/commits") from e
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
-        if file.endswith("config.json"):
+        if try_to_load_from_cache(repo, file, revision=revision) is _CACHED_NO_EXIST:
             return None
         cure = "connect, unset HF_HUB_OFFLINE, or give a local path"
         raise OfflineError(f"{file} of {repo} is not in the cache and the Hub cannot be reached: {cure}") from e

@@ -103,7 +103,7 @@ def read(path: Path, *, config: Mapping[str, Any] | str | os.PathLike[str] | Non
 
 def embedded() -> tuple[str, ...]:
     """The names of the networks that ship with the package."""
-    return tuple(sorted(path.name for path in EMBEDDED.iterdir() if path.is_dir() and in_folder(path)))
+    return tuple(sorted(path.parent.name for path in EMBEDDED.glob("*/diffusion_pytorch_model.safetensors")))
 
 
 def find(source: str | os.PathLike[str], file: str | None = None, revision: str | None = None) -> Path:
@@ -113,16 +113,19 @@ def find(source: str | os.PathLike[str], file: str | None = None, revision: str 
         return chosen(EMBEDDED / name, file)
     if isinstance(source, str) and name in CATALOGUE:
         return hub.fetch_entry(CATALOGUE[name])
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return chosen(path, file)
-    if path.is_file():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if name and path.is_dir():
+            return chosen(path, file)
+        if name and path.is_file():
+            return path
+    except (OSError, RuntimeError) as e:  # no permission, too long a name, nobody's home
+        raise MissingFileError(f"cannot open {name[:200]}: {getattr(e, 'strerror', None) or e}") from e
     if isinstance(source, str) and hub.is_repo(name) and not name.endswith(SUFFIXES):
         return hub.fetch(name, [file] if file else PREFERRED, revision=revision)
     raise MissingFileError(
-        f"there is no {name}: give a weight file, a folder, a repository such as google/ddpm-cifar10-32, "
-        f"or one of {', '.join((*embedded(), *CATALOGUE))}"
+        f"there is no {name or 'file without a name'}: give a weight file, a folder, a repository such as "
+        f"google/ddpm-cifar10-32, or one of {', '.join((*embedded(), *CATALOGUE))}"
     )
 
 

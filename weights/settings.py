@@ -113,11 +113,17 @@ def check(said: Mapping[str, Any], where: str) -> None:
     for name, value in said.items():
         if value is None:
             continue
-        whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
-        good = {
-            "qkv": value in ("legacy", "new"),
-            "dropout": isinstance(value, int | float) and 0 <= value < 1,
-        }.get(name, whole if name in ("resolution", "groups", "heads", "head_dim") else True)
+        match name:
+            case "resolution" | "groups" | "heads" | "head_dim":
+                good = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 20
+            case "mult" | "attention":
+                good = isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value)
+            case "qkv":
+                good = value in ("legacy", "new")
+            case "dropout":
+                good = isinstance(value, int | float) and 0 <= value < 1
+            case _:
+                good = True  # compared with what the tensors say
         if not good:
             raise ConfigError(f"{where} says {name} = {value!r}, which is no such number or choice")
 
