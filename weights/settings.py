@@ -199,6 +199,8 @@ def read_diffusers(config: Mapping[str, Any], layout: Layout, plan: Plan) -> dic
     if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
         raise ConfigError(f"config.json is of a {config['_class_name']}; UNet2DModel is read here")
     for name, (default, does) in (UNET2D | (UNET2D_ADM if layout.family == "adm" else UNET2D_DDPM)).items():
+        if name in ("flip_sin_to_cos", "freq_shift") and config.get("time_embedding_type") == "adm":
+            continue  # an embedding of its own
         if (value := config.get(name, default)) not in (
             *does,
             *([4 * plan.base] if name == "time_embedding_dim" else []),
