@@ -137,7 +137,7 @@ def training(case: Case):
     start = {name: p.detach().clone() for name, p in f.named_parameters()}
     optimiser = torch.optim.SGD(f.parameters(), lr=entry["lr"])
     rate = torch.optim.lr_scheduler.StepLR(optimiser, entry["scheduler_step"], entry["sch_gamma"])
-    losses, change = [], dict(case.folder.json("asyrp", "train_change_rms"))
+    losses, change = [], dict(case.folder.json("asyrp", "train_change_rms") or {})
     for i in range(entry["n_iter"]):
         losses += train_delta(
             tiny("ddpm"), images, SCHEDULE, path, deltas([f], [1.0]), optimiser, encode, text,

@@ -151,7 +151,8 @@ def invert_cases(folder: Folder, stem: str, model: str) -> list[Case]:
     cases = []
     for i, run in enumerate(folder.json("inject", "invert", model, "runs") or []):
         image, where = run["image"], f"inject.invert.{model}.runs[{i}]"
-        claims = frozenset(key for key in folder.tensors(stem) if key.startswith(f"{image}_"))
+        kept = rf"{re.escape(image)}_(xT|rec|fwd_x_mid|h_t\d+)"
+        claims = frozenset(key for key in folder.tensors(stem) if re.fullmatch(kept, key))
         check = partial(inversion, model=model)
         cases.append(Case(f"{stem}-{i}-{image}", check, folder, stem, claims, Entry(run, where)))
     return cases
