@@ -50,7 +50,7 @@ def parts() -> list[Part]:
     masks = [str(PICTURES / f"mask-{side}.png") for side in ("left", "right")]
     return [
         Part("sample", "sample", ("--n", "16"), "1  Pictures from noise",
-             "DDIM, 50 steps from x_T to x_0."),
+             "DDIM, from x_T down to x_0."),
         Part("invert", "invert", ("--", *contents[:4]), "2  Pictures to noise, and back",
              "The same steps walked upward find a picture's x_T; walked down again they give the picture back."),
         Part("diffstyle", "diffstyle", ("--content", *contents, "--style", *styles, "--gamma", "0.6", "--t-boost", "0"),
@@ -78,7 +78,9 @@ def parts() -> list[Part]:
 
 def parser() -> options.Parser:
     """The command's options."""
-    return options.parser("demo", ABOUT, EXAMPLES)
+    p = options.parser("demo", ABOUT, EXAMPLES)
+    options.steps(p, what="steps of every walk; fewer are quicker and come back worse", low=2)
+    return p
 
 
 def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
@@ -119,7 +121,9 @@ def ran(command: str, words: Sequence[str], args: argparse.Namespace, session: S
     """What a command makes with these words and the demo's own options."""
     module = import_module(f".{command}", __package__)
     parser = module.parser()
-    common = options.words(parser, {**options.settings(args), "out": args.out, "quiet": args.quiet})
+    walks = {"n_inv": args.steps, "n_gen": args.steps} if command == "diffstyle" else {"steps": args.steps}
+    own = {name: value for name, value in options.settings(args).items() if name != "steps"}
+    common = options.words(parser, {**own, **walks, "out": args.out, "quiet": args.quiet})
     beside = session.beside(command, parser.parse_args([*common, *words]))
     yield from module.make(beside.args, beside)
     session.inputs.update(beside.inputs)

@@ -272,3 +272,13 @@ def test_redo_shows_a_record_and_writes_where_it_is_told(here: Path, capsys: pyt
     assert main(["redo", source, "--out", "x.png"]) == 0
     assert main(["redo", str(here / "x.png"), "--out", "y.png"]) == 0  # a picture made again can be made again
     assert "exists" in refused(capsys, "redo", source, "--out", "x.png")
+
+
+def test_the_demo_runs_every_method_and_its_pictures_can_be_made_again(here: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["demo", *QUICK, "--steps", "2", "--batch", "36", "--out", "demo"]) == 0
+    folders = {"sample", "invert", "gamma", "diffstyle", "mixing", "sets", "pca", "jacobian", "correlation"}
+    assert {path.name for path in (here / "demo").iterdir()} == {*folders, "sheet.png"}
+    assert len(list((here / "demo" / "diffstyle").iterdir())) == 6 * 6 + 1
+    for name in ("diffstyle/c02-s03.png", "pca/strip-02.png", "sheet.png"):
+        assert main(["redo", str(here / "demo" / name), "--quiet"]) == 0
+        assert "bit for bit" in capsys.readouterr().out
