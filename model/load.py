@@ -1,13 +1,13 @@
 """A network of any family around tensors that are already there: built on the meta device, nothing allocated."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .adm import ADM, ADMConfig
@@ -15,6 +15,7 @@ from .blocks import ThreeLists
 from .ddpm import DDPM, DDPMConfig
 from .ddpmpp import DDPMpp, DDPMppConfig
 
+Net = TypeVar("Net", bound=nn.Module)
 FAMILIES = {"ddpm": (DDPM, DDPMConfig), "adm": (ADM, ADMConfig), "ddpmpp": (DDPMpp, DDPMppConfig)}
 
 
@@ -35,6 +36,19 @@ def build(
     if family not in FAMILIES:
         raise ValueError(f"there is no family {family!r}: it is one of {', '.join(FAMILIES)}")
     network, settings = FAMILIES[family]
+    return assembled(network, settings, config, tensors, dtype=dtype, device=device)
+
+
+def assembled(
+    network: Callable[[Any], Net],
+    settings: type,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Net:
+    """`build` for one class of networks and that of its configuration."""
     if strange := [name for name in config if name not in {f.name for f in fields(settings)}]:
         raise ValueError(f"{settings.__name__} has no {strange[0]}")
     tensors = {name: moved(name, tensor, dtype, device) for name, tensor in tensors.items()}
@@ -42,12 +56,12 @@ def build(
         mixed = " and ".join(f"{name} is {str(kind).removeprefix('torch.')}" for kind, name in list(kinds.items())[:2])
         raise ValueError(f"{mixed}: give one dtype= for all")
     with uncollected(), Unfilled():
-        unet = network(settings(**config))
+        net = network(settings(**config))
         try:
-            unet.load_state_dict(tensors, strict=True, assign=True)
+            net.load_state_dict(tensors, strict=True, assign=True)
         except RuntimeError as e:
-            raise ValueError(f"the tensors are not this network's: {misfit(unet, tensors)}") from e
-    return unet.eval().requires_grad_(False)
+            raise ValueError(f"the tensors are not this network's: {misfit(net, tensors)}") from e
+    return net.eval().requires_grad_(False)
 
 
 class Unfilled(TorchFunctionMode):
@@ -72,14 +86,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if on:
             gc.enable()
-
-
-def misfit(unet: ThreeLists, tensors: Mapping[str, Tensor]) -> str:
-    """The first tensor that is missing, too many, or of another shape."""
-    want = {name: tuple(t.shape) for name, t in unet.state_dict().items()}
-    have = {name: tuple(t.shape) for name, t in tensors.items()}
-    name = next(name for name in (*want, *have) if have.get(name) != want.get(name))
-    return f"{name} should be {want.get(name, 'absent')}, and is {have.get(name, 'absent')}"
 
 
 def moved(name: str, tensor: Tensor, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
