@@ -30,20 +30,21 @@ SCHEDULE = linear()
 
 
 def loss(net: DDPM, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """The simple loss (Ho et al. 2020, eq. 14), and the same with coarse errors counted more.
+    """The simple loss (Ho et al. 2020, eq. 14), and the one that is trained on.
 
-    White noise has little energy in a picture's mean, yet an error there is a wrong colour: sampling from pure noise
-    multiplies it by 1 / sqrt(alpha_T) = 157.  Adding the error of local means changes no minimiser (each term is
-    least for the conditional expectation) and makes the network learn them early.
+    The simple loss of a trained network is about 2.6 / (t + 4) on this world: it hardly notices the timesteps near T,
+    where sampling from pure noise begins and where its errors grow by up to 1 / sqrt(alpha_T) = 157.  Two weights mend
+    that and change no minimiser, as each term is least for the conditional expectation: t + 4 evens out the timesteps,
+    and the errors of local means are added, since a wrong mean is a wrong colour yet little energy.
     """
     a = SCHEDULE(t)
     x = over(a.sqrt(), x0) * x0 + over((1 - a).sqrt(), x0) * noise
     with torch.autocast(x.device.type, torch.bfloat16):
         eps = net(x, net.embed(t))
     error = eps.float() - noise
-    simple = error.square().mean()
-    coarse = sum(k * F.avg_pool2d(error, k).square().mean() for k in (4, CONFIG.resolution))
-    return simple, simple + coarse
+    every = error.square().mean((1, 2, 3))
+    coarse = sum(k * F.avg_pool2d(error, k).square().mean((1, 2, 3)) for k in (4, CONFIG.resolution))
+    return every.mean(), ((every + coarse) * (t + 4) / (len(SCHEDULE) / 2)).mean()
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
