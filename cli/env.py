@@ -25,19 +25,19 @@ def run(argv: Sequence[str]) -> int:
     from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     parser().parse_args(argv)
-    print(f"python      {platform.python_version()} on {platform.platform()}")
+    print(f"python           {platform.python_version()} on {platform.platform()}")
     for name in PACKAGES:
         try:
-            print(f"{name:12}{version(name)}")
+            print(f"{name:17}{version(name)}")
         except PackageNotFoundError:
-            print(f"{name:12}not installed")
-    print(f"cpu         {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+            print(f"{name:17}not installed")
+    print(f"cpu              {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
-        print(f"cuda:{i}      {properties.name}, {properties.total_memory >> 30} GiB")
+        print(f"cuda:{i:<12}{properties.name}, {properties.total_memory >> 30} GiB")
     if not torch.cuda.is_available():
-        print("cuda        none")
-    print(line(f"package     {Path(__file__).parent}"))
-    print(line(f"cache       {HF_HUB_CACHE}{' (offline)' if HF_HUB_OFFLINE else ''}"))
-    print(f"embedded    {', '.join(weights_load.embedded()) or 'none'}")
+        print("cuda             none")
+    print(line(f"package          {Path(__file__).parent}"))
+    print(line(f"cache            {HF_HUB_CACHE}{' (offline)' if HF_HUB_OFFLINE else ''}"))
+    print(f"embedded         {', '.join(weights_load.embedded()) or 'none'}")
     return 0

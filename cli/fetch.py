@@ -30,11 +30,11 @@ def run(argv: Sequence[str]) -> int:
         if args.file or args.revision:
             raise CommandError("--file and --revision go with a name")
         for name in weights_load.embedded():
-            print(f"{name:36}{'embedded':10}ships with the package")
+            print(f"{name:32}{'embedded':12}ships with the package")
         for entry in CATALOGUE.values():
             size = f"{entry.megabytes} MB" if entry.megabytes else ""
             where = f"{entry.repo or entry.url or ''} {entry.file}"
-            print(line(f"{entry.name:36}{entry.status:12}{entry.family:8}{size:9}").ljust(66), line(where))
+            print(line(f"{entry.name:32}{entry.status:12}{entry.family:8}{size:9}{where}"))
         return 0
     path = weights_load.find(args.name, args.file, args.revision)
     print(line(path))

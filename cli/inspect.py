@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
     count = sum(tensor.numel() for tensor in tensors.values())
     print(f"parameters  {count:,} in {len(tensors)} tensors, {', '.join(kinds)}")
     for name, value in network.config.items():
-        print(f"  {name:12}{value}")
+        print(f"  {name:14}{value}")
     for name, shape in shapes(network).items():
         print(f"{name:12}{shape}")
     if args.keys:

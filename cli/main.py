@@ -1,5 +1,6 @@
 """The command `diaphane`: finds the subcommand, runs it, and turns what goes wrong into one line and an exit code."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = words[0]
     if name not in COMMANDS:
         return refuse("", f"there is no command {name!r}: it is one of {', '.join(COMMANDS)}")
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its retries are not the user's errors
     try:
         return import_module(f".{name}", __package__).run(words[1:])
     except KeyboardInterrupt:

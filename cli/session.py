@@ -114,9 +114,8 @@ class Session:
         yield from tqdm(steps, total=total, desc=what, leave=False, disable=True if self.args.quiet else None)
 
     def say(self, text: str) -> None:
-        """A result, on standard output."""
-        for row in text.splitlines():
-            print(line(row) if row.strip() == row else " " * (len(row) - len(row.lstrip())) + line(row))
+        """A line of results, on standard output."""
+        print(line(text))
 
 
 def content(path: str) -> bytes:
