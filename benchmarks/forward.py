@@ -5,12 +5,13 @@ python benchmarks/forward.py out/bench
 
 import argparse
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diaphane.model.blocks import denoiser
 from diaphane.model.ddpm import DDPM, DDPM_256
-from diaphane.weights.ddpm import to_diffusers
+from diaphane.weights.export import diffusers_ddpm
 from diffusers import UNet2DModel
 from timing import conditions, interleaved, ratio, timing, write
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,7 +21,7 @@ def pair() -> tuple[DDPM, UNet2DModel]:
     """Our network with random weights, and theirs with the same."""
     torch.manual_seed(0)
     ours = DDPM(DDPM_256).eval().requires_grad_(False)
-    tensors, config = to_diffusers(ours.state_dict(), resolution=256)
+    config, tensors = diffusers_ddpm(asdict(DDPM_256), ours.state_dict())
     theirs = UNet2DModel.from_config(config).eval().requires_grad_(False)
     theirs.load_state_dict(tensors)
     return ours, theirs

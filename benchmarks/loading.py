@@ -8,12 +8,12 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from diaphane.model.ddpm import DDPM, DDPM_256
-from diaphane.weights.ddpm import to_diffusers
-from safetensors.torch import save_file
+from diaphane.weights.export import write_diffusers_ddpm
 from timing import conditions, ratio, timing, write
 
 OURS = """
@@ -61,10 +61,7 @@ def file(folder: Path) -> Path:
     """A diffusers folder with random weights, written once."""
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        tensors, config = to_diffusers(DDPM(DDPM_256).state_dict(), resolution=256)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "diffusion_pytorch_model.safetensors")
-        (folder / "config.json").write_text(json.dumps(config))
+        write_diffusers_ddpm(folder, asdict(DDPM_256), DDPM(DDPM_256).state_dict(), {})
     return folder
 
 

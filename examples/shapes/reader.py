@@ -33,7 +33,7 @@ class Reading(NamedTuple):
 class Reader(nn.Module):
     """Five convolutions, then one linear layer for all factors.  (B, 3, 32, 32) in [-1, 1] -> Reading."""
 
-    def __init__(self, width: int = 48):
+    def __init__(self, width: int = 32):
         super().__init__()
         channels = [5, width, width, 2 * width, 2 * width, 3 * width]  # the picture, and where each pixel is
         convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(channels)]
@@ -83,8 +83,8 @@ def load(path: Path) -> Reader:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
