@@ -1,0 +1,102 @@
+"""The parts of a latent diffusion model in hand, and where they are between uses."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .clip import TextTower
+from .latent import build
+from .tokenizer import Tokenizer
+from .unet import UNet
+from .vae import VAE
+
+TEXTS = ("text_encoder", "text_encoder_2")
+
+
+class Part(Protocol):
+    """A network as files give it."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Components:
+    """A UNet, its autoencoder, and text towers with their tokenisers, in the order of their states side by side."""
+
+    unet: UNet
+    vae: VAE
+    towers: tuple[TextTower, ...]
+    tokenizers: tuple[Tokenizer, ...]  # as many as towers, or none where there is no vocabulary
+
+    @property
+    def xl(self) -> bool:
+        """Whether the UNet takes pooled text and size ids."""
+        return self.unet.vector is not None
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent's side."""
+        return self.vae.multiple
+
+
+def components(
+    parts: Mapping[str, Part],
+    words: Mapping[str, tuple[str | PathLike[str], str | PathLike[str], str]] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    vae_dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    cut_pad: bool = True,
+) -> Components:
+    """The networks around tensors that are there: parts under the names of diffusers' folders (unet, vae, ...).
+
+    `words` gives each text encoder's vocabulary, merges and padding token; `cut_pad` is as in `Tokenizer`.  Without
+    `dtype` each part computes in the type that it was stored in, and nothing is copied.  `vae_dtype` is the
+    autoencoder's own, for example float32 beside a float16 UNet, whose range is too small for the published one.
+    Raises ValueError as `model.load.build` does.
+    """
+    texts = [name for name in TEXTS if name in parts]
+    networks = {}
+    for name in ("unet", "vae", *texts):
+        kind = (vae_dtype or dtype) if name == "vae" else dtype
+        part = parts[name]
+        try:
+            networks[name] = build(part.family, part.config, part.tensors, dtype=kind, device=device)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
+    words = words or {}
+    tokenizers = []
+    for name in texts if all(text in words for text in texts) else ():
+        vocabulary, merges, pad = words[name]
+        length = networks[name].cfg.positions
+        tokenizers.append(Tokenizer(vocabulary, merges, pad=pad, cut_pad=cut_pad, length=length))
+    towers = tuple(networks[name] for name in texts)
+    return Components(networks["unet"], networks["vae"], towers, tuple(tokenizers))
+
+
+@contextmanager
+def placed(device: torch.device | str, *networks: nn.Module) -> Iterator[None]:
+    """Networks on another device meanwhile, and afterwards around the very tensors that they were made of.
+
+    Their parameters are copied there, not moved: coming back costs nothing, and what a file maps stays mapped.
+    """
+    modules = [module for network in networks for module in network.modules()]
+    held = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
+    try:
+        for module, name, p in held:
+            if p.device != torch.device(device):
+                module._parameters[name] = nn.Parameter(p.to(device), requires_grad=p.requires_grad)
+        yield
+    finally:
+        for module, name, p in held:
+            module._parameters[name] = p

@@ -1,0 +1,284 @@
+"""Whole models: folders and single files give the same, what they say of themselves, and parts that do not fit."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diaphane.model.clip import TextConfig, TextTower
+from diaphane.model.components import components, placed
+from diaphane.model.unet import UNet
+from diaphane.model.vae import VAE, VAEConfig
+from diaphane.weights import clip, hub, pipeline, unet, vae
+from diaphane.weights.errors import ConfigError, LayoutError, MissingFileError, WeightsError
+from diaphane.weights.files import write
+from safetensors.torch import load_file
+from torch import Tensor
+
+from . import latent_twins as twins
+
+SINGLE = twins.TINY / "single_file.safetensors"
+GIVEN = {
+    "unet": {"head_dim": 16, "id_dim": 8},
+    "text_encoder": {"heads": 3, "act": "quick_gelu"},
+    "text_encoder_2": {"heads": 5, "act": "gelu"},
+}
+
+
+def single(tmp_path: Path, change: Callable[[dict[str, Tensor]], Any], metadata: dict[str, str] | None = None) -> Path:
+    """The tiny single file, changed."""
+    tensors = dict(load_file(SINGLE))
+    change(tensors)
+    return write(tmp_path / "single.safetensors", tensors, metadata)
+
+
+def folder(tmp_path: Path, **changes: dict[str, Any]) -> Path:
+    """The tiny folder with json files changed: {"scheduler/scheduler_config": {"prediction_type": "sample"}}."""
+    copied = shutil.copytree(twins.TINY, tmp_path / "model", ignore=shutil.ignore_patterns("single*", "ip_adapter"))
+    for name, change in changes.items():
+        path = copied / f"{name}.json"
+        path.chmod(0o644)
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return copied
+
+
+def test_a_single_file_gives_the_tensors_and_settings_of_the_folder():
+    whole, one = pipeline.load(twins.TINY), pipeline.load(SINGLE, given=GIVEN, tokenizer=twins.TINY)
+    assert list(whole.parts) == list(one.parts) == list(pipeline.PARTS)
+    assert whole.texts == one.texts == ["text_encoder", "text_encoder_2"]
+    for name, part in whole.parts.items():
+        assert part.config == one.parts[name].config
+        assert all(torch.equal(t, one.parts[name].tensors[key]) for key, t in part.tensors.items())
+    assert whole.words == one.words
+    assert [words.pad for words in whole.words.values()] == ["<|endoftext|>", "!"]
+    assert asdict(whole.says) == asdict(one.says) | {"side": 128}
+    assert whole.says.zero_negative
+    assert pipeline.load(SINGLE, given=GIVEN).words == {}
+
+
+def test_networks_are_made_of_the_very_tensors_in_the_file_in_the_type_that_it_has():
+    found = pipeline.load(SINGLE, given=GIVEN)
+    made = components(found.parts)
+    for net, name in ((made.unet, "unet"), (made.vae, "vae"), *zip(made.towers, found.texts, strict=True)):
+        for key, p in net.named_parameters():
+            assert p.data_ptr() == found.parts[name].tensors[key].data_ptr()
+            assert p.dtype == torch.float16
+    assert made.xl
+    assert (made.factor, made.tokenizers) == (8, ())
+    mixed = components(found.parts, dtype=torch.bfloat16, vae_dtype=torch.float32)
+    assert next(mixed.unet.parameters()).dtype == torch.bfloat16
+    assert next(mixed.vae.parameters()).dtype == torch.float32
+
+
+def test_a_tokeniser_says_the_same_from_a_folder_and_beside_a_single_file():
+    for found in (pipeline.load(twins.TINY), pipeline.load(SINGLE, given=GIVEN, tokenizer=twins.TINY / "tokenizer")):
+        first, second = components(found.parts, found.words).tokenizers
+        cases = json.loads((twins.CASES / "01_tokenizer.json").read_text())
+        for case in cases:
+            assert first(case["text"])[0].tolist() == case["ids_1"]
+            assert second(case["text"])[0].tolist() == case["ids_2"]
+
+
+def test_networks_placed_elsewhere_come_back_as_the_very_tensors_they_were():
+    net = components(pipeline.load(twins.TINY).parts).towers[0]
+    before = list(net.parameters())
+    with placed("meta", net):
+        assert {p.device.type for p in net.parameters()} == {"meta"}
+    assert all(a is b for a, b in zip(before, net.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="no"), placed("meta", net):
+        raise RuntimeError("no")
+    assert all(a is b for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_variants_and_shards_of_a_folder_are_found_and_nothing_else_is_taken_for_them(tmp_path: Path):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    shutil.copy(twins.TINY / "model_index.json", tmp_path)
+    shutil.copytree(twins.TINY / "scheduler", tmp_path / "scheduler")
+    kinds = {
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    for name, kind in kinds.items():
+        net = kind.from_pretrained(twins.TINY / name).half()
+        size = "3MB" if name == "unet" else "10GB"
+        net.save_pretrained(tmp_path / name, variant="fp16", max_shard_size=size)
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 3
+    want, got = pipeline.load(twins.TINY), pipeline.load(tmp_path, variant="fp16")
+    assert len(got.parts["unet"].paths) > 3
+    for name, part in want.parts.items():
+        assert all(torch.equal(t, got.parts[name].tensors[key]) for key, t in part.tensors.items())
+    with pytest.raises(MissingFileError, match=r"no weights of unet .*variant"):
+        pipeline.load(tmp_path)
+    with pytest.raises(MissingFileError, match="no fp16 weights of unet"):
+        pipeline.load(twins.TINY, variant="fp16")
+
+
+def test_a_scheduler_says_prediction_schedule_and_timesteps(tmp_path: Path):
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing",
+            "steps_offset": 0, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}  # fmt: skip
+    path = folder(
+        tmp_path, **{"scheduler/scheduler_config": said, "model_index": {"force_zeros_for_empty_prompt": False}}
+    )
+    says = pipeline.load(path).says
+    assert (says.prediction, says.zero_terminal_snr, says.spacing, says.offset) == ("v", True, "trailing", 0)
+    assert (says.betas, says.beta_0, says.beta_1, says.zero_negative) == ("linear", 1e-4, 0.02, False)
+
+
+@pytest.mark.parametrize("change", [{"prediction_type": "flow"}, {"beta_schedule": "sigmoid"}, {"trained_betas": [0.1]},
+                                    {"timestep_spacing": "odd"}, {"steps_offset": "x"}])  # fmt: skip
+def test_what_a_scheduler_says_that_is_not_done_here_is_an_error(tmp_path: Path, change: dict[str, Any]):
+    with pytest.raises(ConfigError, match="scheduler_config") as e:
+        pipeline.load(folder(tmp_path, **{"scheduler/scheduler_config": change}))
+    assert "\n" not in str(e.value)
+
+
+def test_marks_among_the_keys_and_the_header_of_a_single_file_say_the_prediction(tmp_path: Path):
+    def mark(*names: str) -> Callable[[dict[str, Tensor]], None]:
+        return lambda tensors: tensors.update({name: torch.zeros(0) for name in names})
+
+    says = pipeline.load(single(tmp_path, mark("v_pred", "ztsnr")), given=GIVEN).says
+    assert (says.prediction, says.zero_terminal_snr) == ("v", True)
+    says = pipeline.load(single(tmp_path, mark(), {"modelspec.prediction_type": "v"}), given=GIVEN).says
+    assert (says.prediction, says.zero_terminal_snr) == ("v", False)
+    assert pipeline.load(single(tmp_path, mark()), given=GIVEN).says.prediction == "eps"
+    assert pipeline.load(single(tmp_path, mark()), given=GIVEN, prediction="v").says.prediction == "v"
+    with pytest.raises(ConfigError, match="edm_mean"):
+        pipeline.load(single(tmp_path, mark("edm_mean", "edm_std")), given=GIVEN)
+
+
+def ldm(net: Any, tables: Any, plan: Any, column: int, prefix: str) -> dict[str, Tensor]:
+    """A network's tensors under a layout's keys."""
+    keys = {rule.name: rule for rule in reversed(tables.table(plan, column))}
+    state = net.state_dict()
+    return {prefix + keys[name].key: t.mT.contiguous() if keys[name].view is clip.transposed else t
+            for name, t in state.items()}  # fmt: skip
+
+
+def fused(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """open_clip's one matrix for q, k and v."""
+    out: dict[str, Tensor] = {}
+    for key, t in tensors.items():
+        stem, _, leaf = key.rpartition(".attn.q.")
+        if stem:
+            out[f"{stem}.attn.in_proj_{leaf}"] = torch.cat([tensors[f"{stem}.attn.{p}.{leaf}"] for p in "qkv"])
+        elif not any(f".attn.{p}." in key for p in "kv"):
+            out[key] = t
+    return out
+
+
+def second(tmp_path: Path) -> tuple[Path, TextTower]:
+    """A single file of the kind of Stable Diffusion 2, tiny but for the width of its tokens, and its text tower."""
+    text = TextConfig(width=1024, layers=3, heads=16, mlp=16, projection=24, vocabulary=30, positions=9)
+    cfg = twins.replace(twins.SD2, context_dim=1024, in_channels=4, groups=8)
+    body, coder, tower = UNet(cfg), VAE(VAEConfig(channels=(8, 8), blocks=1, groups=4)), TextTower(text)
+    for net in (body, coder, tower):
+        net.requires_grad_(False)
+        twins.randomised(net)
+    plans = (
+        unet.Plan(channels=cfg.channels, depth=cfg.depth, mid_depth=1, blocks=1, context_dim=1024, vector_dim=None,
+                  in_channels=4, out_channels=4),
+        vae.Plan(in_channels=3, latent_channels=4, channels=(8, 8), blocks=1),
+        clip.Plan(width=1024, layers=3, mlp=16, projection=24, vocabulary=30, positions=9),
+    )  # fmt: skip
+    tensors = ldm(body, unet, plans[0], unet.LDM, "model.diffusion_model.")
+    tensors |= ldm(coder, vae, plans[1], vae.LDM, "first_stage_model.")
+    tensors |= fused(ldm(tower, clip, plans[2], clip.OPEN_CLIP, "cond_stage_model.model."))
+    return write(tmp_path / "second.safetensors", {**tensors, "betas": torch.zeros(9)}), tower
+
+
+def test_stable_diffusion_2_ends_at_the_last_layer_but_one_and_must_be_told_its_prediction(tmp_path: Path):
+    path, tower = second(tmp_path)
+    given = {"unet": {"head_dim": 8, "groups": 8}, "vae": {"groups": 4}}
+    with pytest.raises(ConfigError, match="does not say what its UNet predicts: give prediction"):
+        pipeline.load(path, given=given)
+    found = pipeline.load(path, given=given, prediction="v")
+    assert found.parts["vae"].config["scaling"] == 0.18215
+    made = components(found.parts)
+    ids = torch.tensor([[3, 1, 29, 29]])
+    assert torch.allclose(made.towers[0](ids).last, tower.norm(tower(ids).hidden[-2]), atol=1e-5)
+    assert not made.xl
+
+
+def test_only_the_named_files_of_a_repository_are_fetched(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def download(repo: str, file: str, revision: str | None) -> Path | None:
+        asked.append(file)
+        path = twins.TINY / file
+        return path if path.is_file() else None
+
+    monkeypatch.setattr(hub, "download", download)
+    found = pipeline.load("someone/tiny", revision="main")
+    assert list(found.parts) == list(pipeline.PARTS)
+    got = [name for name in asked if (twins.TINY / name).is_file()]
+    assert "single_file.safetensors" not in asked
+    assert {name for name in got if name.endswith("safetensors")} == {
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors", "text_encoder_2/model.safetensors",
+    }  # fmt: skip
+
+
+def test_a_part_may_come_from_elsewhere(tmp_path: Path):
+    other = tmp_path / "vae"
+    shutil.copytree(twins.TINY / "vae", other)
+    config = other / "config.json"
+    config.chmod(0o644)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
+    for source in (other, other / "diffusion_pytorch_model.safetensors"):
+        assert pipeline.load(twins.TINY, replaced={"vae": source}).parts["vae"].config["scaling"] == 0.5
+    taken = pipeline.load(twins.TINY, replaced={"text_encoder": SINGLE, "vae": twins.TINY}, given=GIVEN)
+    assert taken.parts["text_encoder"].paths == (SINGLE,)
+
+
+def test_parts_that_do_not_belong_together_are_an_error_that_says_what_was_found_and_what_fits():
+    def refused(**replaced: Path) -> str:
+        with pytest.raises(WeightsError) as e:
+            pipeline.load(twins.TINY, replaced=replaced)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    assert "tokens of 64: one (24) fits" in refused(text_encoder=twins.TINY / "text_encoder_2")
+    assert "kind clip_vision" in refused(text_encoder_2=twins.TINY / "image_encoder")
+    assert "vae is of the kind unet" in refused(vae=twins.TINY / "unet")
+    assert "unet is of the kind controlnet" in refused(unet=twins.TINY / "controlnet")
+    assert "no /nowhere" in refused(unet=Path("/nowhere"))
+
+
+def test_what_is_no_whole_model_is_an_error_that_says_what_it_is(tmp_path: Path):
+    def refused(source: Path, **more: Any) -> str:
+        with pytest.raises(WeightsError) as e:
+            pipeline.load(source, **more)
+        assert "\n" not in str(e.value)
+        return str(e.value)
+
+    def without(prefix: str) -> Path:
+        def change(tensors: dict[str, Tensor]) -> None:
+            for key in [key for key in tensors if key.startswith(prefix)]:
+                del tensors[key]
+
+        return single(tmp_path, change)
+
+    assert "a whole model has vae too" in refused(without("first_stage"))
+    assert "a whole model has text_encoder too" in refused(without("conditioner"))
+    assert "a whole model has unet too" in refused(twins.TINY / "vae" / "diffusion_pytorch_model.safetensors")
+    lora = write(tmp_path / "l.safetensors", {"lora_unet_mid_block.lora_down.weight": torch.zeros(2, 2)})
+    assert "is a LoRA" in refused(lora)
+    assert "model_index.json" in refused(twins.TINY / "unet")
+    assert "no vocab.json" in refused(twins.TINY, tokenizer=twins.TINY / "unet")
+    assert "no part moon" in refused(twins.TINY, given={"moon": {}})
+    assert "give a file, a folder or a repository" in refused(tmp_path / "nothing.safetensors")
+    (tmp_path / "flux").mkdir()
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "flux" / "model_index.json").write_text(json.dumps(index))
+    assert "is a FluxPipeline and has no unet" in refused(tmp_path / "flux")
+    with pytest.raises(LayoutError) as e:
+        pipeline.load(single(tmp_path, lambda tensors: tensors.update(odd=torch.zeros(1))), given=GIVEN)
+    assert e.value.unexpected == ("odd",)

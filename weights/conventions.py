@@ -1,0 +1,89 @@
+"""What a model says of its training and use beside its tensors: prediction, noise schedule, timesteps, sizes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "eps": "eps", "v": "v", "x0": "x0"}
+BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conventions:
+    """The defaults are those of Stable Diffusion XL (and 1)."""
+
+    prediction: str | None = "eps"  # eps | v | x0; None: nothing says it
+    betas: str = "scaled_linear"  # scaled_linear | linear | cosine
+    beta_0: float = 0.00085
+    beta_1: float = 0.012
+    steps: int = 1000
+    zero_terminal_snr: bool = False
+    spacing: str = "leading"
+    offset: int = 1
+    zero_negative: bool = False  # no negative prompt: zeros, not the encoded ""
+    aesthetic: bool = False  # the refiner's ids end in a score
+    side: int = 512  # of pictures in training, in pixels
+    upcast_vae: bool = True  # the autoencoder overflows float16
+
+    def checked(self, where: str) -> "Conventions":
+        """Itself.  Raises ConfigError where the prediction is not known or not one."""
+        if self.prediction is None:
+            raise ConfigError(f"{where} does not say what its UNet predicts: give prediction=eps or v (2.1 at 768: v)")
+        if self.prediction not in ("eps", "v", "x0"):
+            raise ConfigError(f"prediction is eps, v or x0, not {self.prediction}")
+        return self
+
+
+def of_scheduler(
+    scheduler: Mapping[str, Any], index: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]
+) -> Conventions:
+    """From a scheduler_config.json, model_index.json and the configurations of UNet and autoencoder.
+
+    Raises ConfigError for what is not done here.
+    """
+
+    def said(name: str, table: Mapping[str, str], default: str) -> str:
+        if (value := scheduler.get(name, default)) not in table:
+            raise ConfigError(f"scheduler_config.json says {name} = {value!r}; {', '.join(table)} are done here")
+        return table[value]
+
+    if scheduler.get("trained_betas") is not None:
+        raise ConfigError("scheduler_config.json gives betas one by one; schedules by formula are done here")
+    size = unet.get("sample_size") or 64
+    try:
+        return Conventions(
+            prediction=said("prediction_type", PREDICTIONS, "epsilon"),
+            betas=said("beta_schedule", BETAS, "scaled_linear"),
+            beta_0=float(scheduler.get("beta_start", 0.00085)),
+            beta_1=float(scheduler.get("beta_end", 0.012)),
+            steps=int(scheduler.get("num_train_timesteps", 1000)),
+            zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+            spacing=said("timestep_spacing", dict(zip(SPACINGS, SPACINGS, strict=True)), "leading"),
+            offset=int(scheduler.get("steps_offset", 0)),
+            zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
+            aesthetic=bool(index.get("requires_aesthetics_score", False)),
+            side=8 * int(max(size) if isinstance(size, list) else size),
+            upcast_vae=bool(vae.get("force_upcast", True)),
+        )
+    except (TypeError, ValueError) as e:
+        raise e if isinstance(e, ConfigError) else ConfigError(f"scheduler_config.json is malformed: {e}") from e
+
+
+def of_single_file(unet: Mapping[str, Any], implied: Mapping[str, Any], metadata: Mapping[str, str]) -> Conventions:
+    """From the kind of UNet, the marks among a file's keys, and its header (modelspec.prediction_type).
+
+    Stable Diffusion 2 was published with both predictions in equal shapes: then nothing may say which it is.
+    """
+    xl, second = unet["pooled_dim"] is not None, unet["pooled_dim"] is None and unet["context_dim"] == 1024
+    spec = metadata.get("modelspec.prediction_type", "").lower()
+    prediction = implied.get("prediction") or PREDICTIONS.get(spec) or (None if second else "eps")
+    return Conventions(
+        prediction=prediction,
+        zero_terminal_snr="zero_terminal_snr" in implied,
+        zero_negative=xl and unet["ids"] == 6,
+        aesthetic=xl and unet["ids"] == 5,
+        side=1024 if xl else 768 if second and prediction == "v" else 512,
+    )

@@ -1,0 +1,302 @@
+"""A whole latent diffusion model from a folder, a repository or a single file, and what it says of itself."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import hub, latent
+from .conventions import Conventions, of_scheduler, of_single_file
+from .errors import ConfigError, LayoutError, MissingFileError, WeightsError
+from .files import Opened, check_floating, opened, read_json, sharded
+from .latent_settings import settings
+from .layout import foreign, state
+from .load import SUFFIXES, Network
+
+Source = str | os.PathLike[str]
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+WIDTHS = {768: "CLIP L", 1024: "CLIP H", 1280: "CLIP bigG"}
+END = "<|endoftext|>"
+
+
+class Words(NamedTuple):
+    """The files of a tokeniser, and the token that fills up."""
+
+    vocabulary: Path
+    merges: Path
+    pad: str
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Parts under the names of diffusers' folders, a tokeniser for each text encoder that has one, and conventions."""
+
+    parts: dict[str, Network]  # unet, vae, and text_encoder, text_encoder_2 or both
+    words: dict[str, Words]  # by text encoder; empty where a single file came without
+    says: Conventions = field(default_factory=Conventions)
+
+    @property
+    def texts(self) -> list[str]:
+        """The text encoders there are, in the order in which their states are laid side by side."""
+        return [name for name in PARTS[2:] if name in self.parts]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on this disk, or a repository of which only the files asked for are fetched."""
+
+    name: str
+    revision: str | None = None
+
+    @property
+    def local(self) -> bool:
+        """Whether it is on this disk."""
+        return Path(self.name).expanduser().is_dir()
+
+    def file(self, name: str) -> Path | None:
+        """A file in it, or None where there is no such file."""
+        if not self.local:
+            return hub.download(self.name, name, self.revision)
+        path = Path(self.name).expanduser() / name
+        return path if path.is_file() else None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Settings in it, or None where there is no such file."""
+        path = self.file(name)
+        return None if path is None else read_json(path)
+
+
+def load(
+    source: Source,
+    *,
+    variant: str | None = None,
+    file: str | None = None,
+    revision: str | None = None,
+    tokenizer: Source | None = None,
+    replaced: Mapping[str, Source] | None = None,
+    given: Mapping[str, Mapping[str, Any]] | None = None,
+    prediction: str | None = None,
+) -> Pipeline:
+    """A model's parts, nothing of them read, copied or cast yet: tensors stay in their files until they are used.
+
+    `source` is a single file, a folder with model_index.json, or a repository of either kind (`file` names the single
+    file in it).  `variant` is the "fp16" of file names such as model.fp16.safetensors.  `tokenizer` is a folder or a
+    repository with vocab.json and merges.txt, in it or in its tokenizer/; single files hold none.  `replaced` takes
+    parts from elsewhere ({"vae": path}), `given` settings that tensors cannot say ({"unet": {"head_dim": 64}}), and
+    `prediction` is eps or v where no file says which.  Raises a WeightsError of one line, among others for parts that
+    do not belong together.
+    """
+    name = os.fspath(source)
+    given = given or {}
+    if strange := [part for part in (*(replaced or {}), *given) if part not in PARTS]:
+        raise ConfigError(f"a model has no part {strange[0]}: its parts are {', '.join(PARTS)}")
+    path = single(name, file, revision)
+    if path is not None:
+        parts, says = in_single_file(path, given)
+        words = {}
+    else:
+        folder = Folder(name, revision)
+        parts, says = in_folder(folder, variant, given)
+        words = {text: found for text in parts if (found := words_in(folder, TOKENIZERS.get(text, "")))}
+    for part, elsewhere in (replaced or {}).items():
+        parts[part] = alone(part, elsewhere, variant, given.get(part, {}))
+    consistent(parts)
+    if tokenizer is not None:
+        words = words_from(tokenizer, [name for name in PARTS[2:] if name in parts], parts)
+    if prediction is not None:
+        says = replace(says, prediction=prediction)
+    return Pipeline(parts, words, says.checked(str(path or name)))
+
+
+def single(name: str, file: str | None, revision: str | None) -> Path | None:
+    """The single file that a source is, or None where it is a folder or a repository of parts."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if file and not (path / file).is_file():
+            raise MissingFileError(f"there is no {file} in {path}")
+        return path / file if file else None
+    if not hub.is_repo(name) or name.endswith(SUFFIXES):
+        raise MissingFileError(f"there is no {name or 'file without a name'}: give a file, a folder or a repository")
+    return hub.fetch(name, [file], revision=revision) if file else None
+
+
+def in_single_file(path: Path, given: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Network], Conventions]:
+    """The parts of an LDM or sgm file.  Raises LayoutError where one is missing."""
+    found = opened(path)
+    try:
+        tensors = state(found.content)
+        held, implied = latent.parts(tensors)
+        text = next((part for part in PARTS[2:] if part in held), "text_encoder")
+        if lost := [part for part in ("unet", "vae", text) if part not in held]:
+            what = foreign(tensors)
+            has = f"is {what}" if what else f"holds {', '.join(filter(None, held)) or 'no part of a model'}"
+            raise LayoutError(f"it {has}: a whole model has {lost[0]} too")
+        if edm := [key for key in tensors if key.startswith("edm_")]:
+            raise ConfigError(f"{edm[0]} says that the UNet was trained in EDM's terms; eps and v are done here")
+        parts = {part: network(found, held[part], {}, given.get(part, {}), implied) for part in PARTS if part in held}
+        parts = {part: without_last_layer(net) if part == "text_encoder" else net for part, net in parts.items()}
+        return parts, of_single_file(parts["unet"].config, implied, found.metadata)
+    except WeightsError as e:
+        raise located(e, str(path)) from e
+
+
+def without_last_layer(net: Network) -> Network:
+    """Stable Diffusion 2 reads open_clip's last layer but one, and diffusers' files end there.  Others as they are."""
+    if net.layout != "CLIP for text, open_clip":
+        return net
+    last = net.config["layers"] - 1
+    kept = {name: t for name, t in net.tensors.items() if not name.startswith(f"layers.{last}.")}
+    return replace(net, config={**net.config, "layers": last}, tensors=kept)
+
+
+def in_folder(
+    folder: Folder, variant: str | None, given: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Network], Conventions]:
+    """The parts that a model_index.json names.  Raises MissingFileError, LayoutError."""
+    index = folder.json("model_index.json")
+    if index is None:
+        raise MissingFileError(
+            f"there is no model_index.json in {folder.name}: give a single file with file=, or a part"
+        )
+    named = {part for part, kind in index.items() if isinstance(kind, list) and any(kind)}
+    if lost := [part for part in ("unet", "vae") if part not in named]:
+        raise LayoutError(f"{folder.name} is a {index.get('_class_name')} and has no {lost[0]}: UNets are read here")
+    parts = {}
+    for part in [part for part in PARTS if part in named]:
+        parts[part] = in_subfolder(folder, part, variant, given.get(part, {}))
+    scheduler = folder.json("scheduler/scheduler_config.json")
+    config = folder.json("unet/config.json") or {}
+    try:
+        return parts, of_scheduler(scheduler or {}, index, config, folder.json("vae/config.json") or {})
+    except WeightsError as e:
+        raise located(e, folder.name) from e
+
+
+def in_subfolder(folder: Folder, part: str, variant: str | None, given: Mapping[str, Any]) -> Network:
+    """One part of a folder, or of a folder that is the part itself (part "")."""
+    at = f"{part}/" if part else ""
+    middle = f".{variant}" if variant else ""
+    stems = ["model", "pytorch_model"] if part.startswith("text") else ["diffusion_pytorch_model", "model"]
+    stems = stems if part else ["diffusion_pytorch_model", "model"]
+    indices = [f"{stem}.safetensors.index{middle}.json" for stem in stems]
+    files = [f"{stem}{middle}{end}" for end in (".safetensors", ".bin") for stem in stems]
+    for name in [*files[: len(stems)], *indices, *files[len(stems) :]]:
+        path = folder.file(at + name)
+        if path is None:
+            continue
+        if name in indices:
+            for shard in sorted({str(v) for v in (read_json(path).get("weight_map") or {}).values()}):
+                folder.file(at + shard)
+        found = sharded(path) if name in indices else opened(path)
+        try:
+            return network(found, state(found.content), folder.json(f"{at}config.json") or {}, given, {})
+        except WeightsError as e:
+            raise located(e, str(path)) from e
+    which = f"{variant} weights" if variant else "weights"
+    hint = "leave variant out, or name another" if variant else 'perhaps only variant="fp16" is there'
+    raise MissingFileError(f"there are no {which} of {part or 'the part'} in {folder.name}: {hint}")
+
+
+def alone(part: str, source: Source, variant: str | None, given: Mapping[str, Any]) -> Network:
+    """One part from elsewhere: a file, a folder of its own, a part's folder in a model, or a repository."""
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return latent.load(path, part if holds_parts(path) else None, **given)
+    folder = Folder(name)
+    if not folder.local and not hub.is_repo(name):
+        raise MissingFileError(f"there is no {name}: give a file, a folder or a repository for {part}")
+    whole = folder.file(f"{part}/config.json") is not None
+    return in_subfolder(folder, part if whole else "", variant, given)
+
+
+def holds_parts(path: Path) -> bool:
+    """Whether a file holds a model, not one part."""
+    try:
+        return "" not in latent.parts(state(opened(path).content))[0]
+    except WeightsError:
+        return False  # latent.load says better what is wrong
+
+
+def network(
+    found: Opened,
+    tensors: Mapping[str, Any],
+    config: Mapping[str, Any],
+    given: Mapping[str, Any],
+    implied: Mapping[str, Any],
+) -> Network:
+    """A part's tensors under our names, and its settings."""
+    layout, plan, ours = latent.renamed(tensors)
+    check_floating(ours)
+    kwargs = settings(layout.family, plan, config, given, implied)
+    return Network(layout.family, kwargs, ours, layout.name, found.paths, found.metadata)
+
+
+def located(e: WeightsError, where: str) -> WeightsError:
+    """The same error, beginning with where it was found."""
+    if isinstance(e, LayoutError):
+        lists = {name: getattr(e, name) for name in ("missing", "unexpected", "misshapen", "doubled")}
+        return LayoutError(f"{where}: {e.message}".removesuffix(": "), **lists)
+    return type(e)(f"{where}: {e}")
+
+
+def consistent(parts: Mapping[str, Network]) -> None:
+    """Raises LayoutError for parts that do not belong together, naming what was found and what fits."""
+    for part, family in {"unet": "unet", "vae": "vae", **dict.fromkeys(PARTS[2:], "clip_text")}.items():
+        if part in parts and parts[part].family != family:
+            raise LayoutError(f"{part} is of the kind {parts[part].family} ({parts[part].path}); {family} fits there")
+    unet, vae = parts["unet"].config, parts["vae"].config
+    texts = [name for name in PARTS[2:] if name in parts]
+    total = sum(parts[name].config["width"] for name in texts)
+    if total != unet["context_dim"]:
+        name = next((name for name in texts if fits(parts[name], unet["context_dim"] - total)), texts[0])
+        width = parts[name].config["width"]
+        need = unet["context_dim"] - (total - width)
+        fit = f"{WIDTHS.get(need, 'one')} ({need}) fits" if need > 0 else "it has one too many"
+        found = f"{WIDTHS.get(width, 'a tower')} ({width} wide, {parts[name].path})"
+        raise LayoutError(f"{name} is {found}; the UNet reads tokens of {unet['context_dim']}: {fit}")
+    pooled, last = unet["pooled_dim"], parts[texts[-1]].config["projection"]
+    if pooled is not None and pooled != last:
+        raise LayoutError(f"{texts[-1]} projects to {last}; the UNet takes pooled text of {pooled}")
+    if unet["in_channels"] not in ((z := vae["latent_channels"]), 2 * z + 1) or unet["out_channels"] != z:
+        channels = unet["in_channels"]
+        raise LayoutError(f"the UNet takes {channels} channels, latents have {z}: {z} or, inpainting, {2 * z + 1} fit")
+
+
+def fits(net: Network, excess: int) -> bool:
+    """Whether a published tower in this one's place would make up the difference."""
+    return net.config["width"] + excess in WIDTHS
+
+
+def words_in(folder: Folder, at: str, pad: str | None = None) -> Words | None:
+    """The tokeniser in a folder of a folder ("": in itself), or None where there is none."""
+    inside = f"{at}/" if at else ""
+    vocabulary, merges = folder.file(f"{inside}vocab.json"), folder.file(f"{inside}merges.txt")
+    if vocabulary is None or merges is None:
+        return None
+    for name in ("tokenizer_config.json", "special_tokens_map.json") if pad is None else ():
+        found = (folder.json(inside + name) or {}).get("pad_token")
+        found = found.get("content") if isinstance(found, Mapping) else found
+        if isinstance(found, str):
+            return Words(vocabulary, merges, found)
+    return Words(vocabulary, merges, pad or END)
+
+
+def words_from(source: Source, texts: list[str], parts: Mapping[str, Network]) -> dict[str, Words]:
+    """One vocabulary for each text encoder, filled up as each was trained: bigG and H with "!", L with the end."""
+    name = os.fspath(source)
+    folder = Folder(name)
+    if not folder.local and not hub.is_repo(name):
+        raise MissingFileError(f"there is no folder {name} of a tokeniser: it should have vocab.json and merges.txt")
+    out = {}
+    for text in texts:
+        pad = END if text == "text_encoder" and parts[text].config["act"] == "quick_gelu" else "!"
+        found = words_in(folder, TOKENIZERS[text]) or words_in(folder, "tokenizer", pad) or words_in(folder, "", pad)
+        if found is None:
+            raise MissingFileError(f"there are no vocab.json and merges.txt in {name}, nor in its tokenizer/")
+        out[text] = found
+    return out
