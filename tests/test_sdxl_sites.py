@@ -1,5 +1,8 @@
 """Names of places in a text-conditioned UNet: three spellings, one place."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from diaphane.model import sites, unet
@@ -108,3 +111,42 @@ def test_an_unknown_name_is_an_error_that_names_it_and_the_nearest(name: str, wh
 def test_an_unknown_site_is_an_error_that_says_what_there_is(name: str, what: str):
     with pytest.raises(sites.SiteError, match=what):
         sites.site(unet.SDXL, name)
+
+
+NATIVE = {"SDXL": 1024, "SDXL_REFINER": 1024, "SD15": 512, "SD21": 768}
+
+
+def rows(name: str) -> Iterator[str]:
+    """The lines of a configuration's table in docs/sites.md."""
+    cfg: unet.UNetConfig = getattr(unet, name)
+    side = NATIVE[name] // 8
+    with torch.device("meta"):
+        net = unet.UNet(cfg)
+        more = (torch.empty(1, cfg.pooled_dim), torch.empty(1, cfg.ids)) if cfg.pooled_dim else ()
+        c = net.embed(torch.empty(1), torch.empty(1, 77, cfg.context_dim), *more)
+        h, skips = net.encode(torch.empty(1, cfg.in_channels, side, side), c)
+        space = net.middle(h, c)
+
+    def row(stage: str, says: str) -> str:
+        here = [p for p in sites.places(cfg) if p.stage == stage]
+        depth = cfg.mid_depth if stage == "mid" else cfg.depth[sites.level(cfg, stage)]
+        kinds = " + ".join(f"{p.kind} × {depth}" if p.kind == "transformer" else p.kind for p in here)
+        theirs = ", ".join(f"`{p.diffusers}`" for p in here)
+        return f"| `{stage}` | {kinds} | {says} | `{here[0].ldm.rpartition('.')[0]}` | {theirs} |"
+
+    def shape(x: torch.Tensor) -> str:
+        return "×".join(map(str, x.shape[1:]))
+
+    last = len(skips) - 1
+    for i, skip in enumerate(skips):
+        yield row(f"enc.{i}", f"skip {shape(skip)} for `dec.{last - i}`")
+    yield row("mid", f"**h** {shape(space)}")
+    for i in range(last + 1):
+        yield row(f"dec.{i}", f"takes that of `enc.{last - i}`")
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_the_table_in_the_docs_is_the_network(name: str):
+    text = (Path(__file__).parent.parent / "docs" / "sites.md").read_text()
+    section = next(part for part in text.split("\n## ") if f"(`{name}`)" in part.splitlines()[0])
+    assert [line for line in section.splitlines() if line.startswith("| `")] == list(rows(name))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diaphane.model import unet
 from diaphane.model.blocks import Cond
-from diaphane.model.ops import TORCH, Ops, Site
+from diaphane.model.ops import JVP, TORCH, Ops, Site
 from diaphane.weights import unet as table
 from safetensors.torch import load_file
 from torch import Tensor
@@ -233,3 +233,21 @@ def test_a_network_without_its_text_and_a_size_that_does_not_halve_are_errors():
 def test_a_configuration_that_does_not_add_up_is_an_error(wrong: dict[str, Any], what: str):
     with pytest.raises(ValueError, match=what):
         unet.UNet(replace(twins.XL, **wrong))
+
+
+def test_h_has_derivatives_forward_and_backward():
+    cfg = twins.XL
+    net, (x, t, cond) = random_net(cfg), inputs(cfg)
+    c = net.embed(t, **cond)
+    h, skips = net.encode(x, c)
+    h, v = net.middle(h, c), torch.randn(h.shape, dtype=F64)
+
+    def eps(h: Tensor) -> Tensor:
+        return net.decode(h, skips, c, JVP)
+
+    out, forward = torch.func.jvp(eps, (h,), (v,))
+    step = 1e-5
+    assert torch.allclose(forward, (eps(h + step * v) - eps(h - step * v)) / (2 * step), rtol=1e-6, atol=1e-8)
+    w = torch.randn_like(out)
+    (back,) = torch.autograd.grad((net.decode(leaf := h.clone().requires_grad_(), skips, c) * w).sum(), leaf)
+    assert torch.allclose((back * v).sum(), (forward * w).sum(), rtol=1e-10)
