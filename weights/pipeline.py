@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import hub, latent
 from .conventions import Conventions, of_scheduler, of_single_file
@@ -13,20 +13,11 @@ from .files import Opened, check_floating, opened, read_json, sharded
 from .latent_settings import settings
 from .layout import foreign, state
 from .load import SUFFIXES, Network
+from .words import TOKENIZERS, Folder, Words, words_from, words_in
 
 Source = str | os.PathLike[str]
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 WIDTHS = {768: "CLIP L", 1024: "CLIP H", 1280: "CLIP bigG"}
-END = "<|endoftext|>"
-
-
-class Words(NamedTuple):
-    """The files of a tokeniser, and the token that fills up."""
-
-    vocabulary: Path
-    merges: Path
-    pad: str
 
 
 @dataclass(frozen=True)
@@ -41,31 +32,6 @@ class Pipeline:
     def texts(self) -> list[str]:
         """The text encoders there are, in the order in which their states are laid side by side."""
         return [name for name in PARTS[2:] if name in self.parts]
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder on this disk, or a repository of which only the files asked for are fetched."""
-
-    name: str
-    revision: str | None = None
-
-    @property
-    def local(self) -> bool:
-        """Whether it is on this disk."""
-        return Path(self.name).expanduser().is_dir()
-
-    def file(self, name: str) -> Path | None:
-        """A file in it, or None where there is no such file."""
-        if not self.local:
-            return hub.download(self.name, name, self.revision)
-        path = Path(self.name).expanduser() / name
-        return path if path.is_file() else None
-
-    def json(self, name: str) -> dict[str, Any] | None:
-        """Settings in it, or None where there is no such file."""
-        path = self.file(name)
-        return None if path is None else read_json(path)
 
 
 def load(
@@ -104,7 +70,8 @@ def load(
         parts[part] = alone(part, elsewhere, variant, given.get(part, {}))
     consistent(parts)
     if tokenizer is not None:
-        words = words_from(tokenizer, [name for name in PARTS[2:] if name in parts], parts)
+        quick = {name: parts[name].config["act"] == "quick_gelu" for name in PARTS[2:] if name in parts}
+        words = words_from(tokenizer, quick)
     if prediction is not None:
         says = replace(says, prediction=prediction)
     return Pipeline(parts, words, says.checked(str(path or name)))
@@ -270,33 +237,3 @@ def consistent(parts: Mapping[str, Network]) -> None:
 def fits(net: Network, excess: int) -> bool:
     """Whether a published tower in this one's place would make up the difference."""
     return net.config["width"] + excess in WIDTHS
-
-
-def words_in(folder: Folder, at: str, pad: str | None = None) -> Words | None:
-    """The tokeniser in a folder of a folder ("": in itself), or None where there is none."""
-    inside = f"{at}/" if at else ""
-    vocabulary, merges = folder.file(f"{inside}vocab.json"), folder.file(f"{inside}merges.txt")
-    if vocabulary is None or merges is None:
-        return None
-    for name in ("tokenizer_config.json", "special_tokens_map.json") if pad is None else ():
-        found = (folder.json(inside + name) or {}).get("pad_token")
-        found = found.get("content") if isinstance(found, Mapping) else found
-        if isinstance(found, str):
-            return Words(vocabulary, merges, found)
-    return Words(vocabulary, merges, pad or END)
-
-
-def words_from(source: Source, texts: list[str], parts: Mapping[str, Network]) -> dict[str, Words]:
-    """One vocabulary for each text encoder, filled up as each was trained: bigG and H with "!", L with the end."""
-    name = os.fspath(source)
-    folder = Folder(name)
-    if not folder.local and not hub.is_repo(name):
-        raise MissingFileError(f"there is no folder {name} of a tokeniser: it should have vocab.json and merges.txt")
-    out = {}
-    for text in texts:
-        pad = END if text == "text_encoder" and parts[text].config["act"] == "quick_gelu" else "!"
-        found = words_in(folder, TOKENIZERS[text]) or words_in(folder, "tokenizer", pad) or words_in(folder, "", pad)
-        if found is None:
-            raise MissingFileError(f"there are no vocab.json and merges.txt in {name}, nor in its tokenizer/")
-        out[text] = found
-    return out
