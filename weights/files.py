@@ -125,7 +125,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        part.touch()
+        mode = part.stat().st_mode  # what the umask gives a new file; safetensors makes its own readable to its owner only
         save_file(whole, part, dict(metadata or {}))
+        part.chmod(mode)
         os.replace(part, path)
     except (OSError, SafetensorError) as e:
         if getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e):
