@@ -126,7 +126,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     try:
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         part.touch()
-        mode = part.stat().st_mode  # what the umask gives a new file; safetensors makes its own readable to its owner only
+        mode = part.stat().st_mode  # as the umask gives it; safetensors would leave 0600
         save_file(whole, part, dict(metadata or {}))
         part.chmod(mode)
         os.replace(part, path)
