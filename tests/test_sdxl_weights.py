@@ -195,6 +195,13 @@ def test_a_file_of_several_parts_wants_one_named():
         load("/nowhere", "unet")
 
 
+def test_a_part_of_another_kind_is_refused():
+    with pytest.raises(LayoutError, match="it is autoencoder, diffusers, which is no unet"):
+        load(twins.TINY / "vae", "unet")
+    with pytest.raises(LayoutError, match="it is CLIP for pictures, transformers, which is no text_encoder"):
+        load(twins.TINY / "image_encoder" / "model.safetensors", "text_encoder")
+
+
 def test_a_single_file_says_how_it_was_trained_and_a_stray_key_is_refused(tmp_path: Path):
     tensors = load_file(SINGLE)
     save_file(tensors | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "v.safetensors")
@@ -220,6 +227,29 @@ def test_an_autoencoder_alone_wants_its_scaling(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"give scaling=0\.13025 \(SDXL\) or 0\.18215"):
         load(tmp_path / "vae.safetensors")
     assert load(tmp_path / "vae.safetensors", scaling=0.5).config["scaling"] == 0.5
+
+
+def test_a_whole_clip_is_two_parts_each_with_its_half_of_the_config(tmp_path: Path):
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(21)
+    both = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "projection_dim": 6}
+    text = both | {"num_attention_heads": 2, "vocab_size": 60, "max_position_embeddings": 9, "eos_token_id": 59}
+    vision = both | {"num_attention_heads": 4, "image_size": 8, "patch_size": 4, "hidden_act": "gelu"}
+    twin = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)).eval().requires_grad_(False)
+    twin.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    assert "logit_scale" in load_file(file)
+    with pytest.raises(LayoutError, match="it holds text_encoder, image_encoder: choose one"):
+        load(tmp_path)
+    one, two = load(tmp_path, "text_encoder"), load(file, "image_encoder")
+    words, pictures = (latent.build(part.family, part.config, part.tensors) for part in (one, two))
+    assert (words.cfg.act, words.cfg.eos, pictures.cfg.act, pictures.cfg.heads) == ("quick_gelu", 59, "gelu", 4)
+    ids, pixels = torch.tensor([[1, 59, 3, 59], [4, 5, 6, 59]]), torch.randn(2, 3, 8, 8)
+    want = twin.vision_model(pixels).pooler_output @ twin.visual_projection.weight.T
+    assert torch.allclose(pictures(pixels).pooled, want, atol=1e-5)
+    want = twin.text_model(ids).pooler_output @ twin.text_projection.weight.T
+    assert torch.allclose(words(ids).pooled, want, atol=1e-5)
 
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [

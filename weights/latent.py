@@ -33,6 +33,18 @@ BESIDES = re.compile(
     r"(denoiser\.sigmas|model_ema\..*|betas|(sqrt_|log_)?(one_minus_)?(recip(m1)?_)?alphas_cumprod(_prev)?|sqrt_recipm?1?_"
     r"alphas_cumprod|posterior_.*|lvlb_weights|logvar|global_step|v_pred|ztsnr|edm_(mean|std|vpred\..*))$"
 )
+# what a part has to be
+FAMILIES = {
+    "unet": "unet",
+    "vae": "vae",
+    "text_encoder": "clip_text",
+    "text_encoder_2": "clip_text",
+    "image_encoder": "clip_vision",
+    "controlnet": "controlnet",
+}
+# the two towers of a whole CLIP: where its config.json tells of each, and how the keys of the second begin
+TOWERS = {"text_encoder": "text_config", "image_encoder": "vision_config"}
+VISION = ("visual.", "vision_model.", "visual_projection.")
 # the first whose mark any key bears
 LAYOUTS = (
     Layout("ControlNet, LDM", "controlnet", controlnet, controlnet.LDM, r"input_hint_block\."),
@@ -71,7 +83,7 @@ def load(
         inside = path / part if part and (path / part).is_dir() else path
         if part and inside == path and any(child.is_dir() for child in path.iterdir()):
             raise MissingFileError(f"there is no {part} in {path}: it has {first(folders(path), 9) or 'no folders'}")
-        path, part = chosen(inside, file), None if inside != path else part
+        path = chosen(inside, file)
     if not path.is_file():
         raise MissingFileError(f"there is no {path}: give a weight file or a folder")
     return read(path, part, config=config, **given)
@@ -100,23 +112,26 @@ def read(
         name = next(iter(held)) if part is None or "" in held else part
         if config is None:
             beside = path.parent / "config.json"
-            config = read_json(beside) if not name and beside.is_file() else {}
-        elif not isinstance(config, Mapping):
-            config = read_json(Path(config))
+            whole = read_json(beside) if beside.is_file() else {}
+            said = whole.get(TOWERS.get(name, ""), {}) if name else whole
+        else:
+            said = config if isinstance(config, Mapping) else read_json(Path(config))
         layout, plan, tensors = renamed(held[name])
+        if FAMILIES.get(part or "", layout.family) != layout.family:
+            raise LayoutError(f"it is {layout.name}, which is no {part}")
         check_floating(tensors)
-        kwargs = settings(layout.family, plan, config, given, implied)
+        kwargs = settings(layout.family, plan, said, given, implied)
     except LayoutError as e:
         lists = {name: getattr(e, name) for name in ("missing", "unexpected", "misshapen", "doubled")}
         raise LayoutError(f"{path}: {e.message}".removesuffix(": "), **lists) from e
     except WeightsError as e:
         raise type(e)(f"{path}: {e}") from e
-    said = {name: value for name, value in implied.items() if name in ("prediction", "zero_terminal_snr")}
-    return Network(layout.family, kwargs, tensors, layout.name, found.paths, found.metadata | said)
+    marks = {name: value for name, value in implied.items() if name in ("prediction", "zero_terminal_snr")}
+    return Network(layout.family, kwargs, tensors, layout.name, found.paths, found.metadata | marks)
 
 
 def parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What a file holds, part by part ("": a file of one part, keys as they are), and what its keys imply.
+    """What a file holds, part by part ("": a file of one part, its keys as they are), and what its keys imply.
 
     Implied are the autoencoder's scaling, and the prediction (v) where a key says so.  Raises LayoutError for keys of
     no known part beside known ones.
@@ -130,7 +145,7 @@ def parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         elif not BESIDES.match(key):
             strange.append(key)
     if not held:
-        return {"": dict(tensors)}, {}
+        return towers(tensors), {}
     if strange:
         raise LayoutError(f"it holds {', '.join(held)}, and keys of no known part", unexpected=strange)
     held = {part: held[part] for part in dict.fromkeys(PREFIXES.values()) if part in held}
@@ -142,6 +157,14 @@ def parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     implied |= {"prediction": "v"} if "v_pred" in tensors else {}
     implied |= {"zero_terminal_snr": "yes"} if "ztsnr" in tensors else {}
     return held, implied
+
+
+def towers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The two towers of a whole CLIP, or else all there is as one part."""
+    pictures = {key: tensor for key, tensor in tensors.items() if key.startswith(VISION)}
+    text = {key: tensor for key, tensor in tensors.items() if key not in pictures and key != "logit_scale"}
+    whole = pictures and any("token_embedding" in key for key in text)
+    return {"text_encoder": text, "image_encoder": pictures} if whole else {"": dict(tensors)}
 
 
 def detect(keys: Iterable[str]) -> Layout:

@@ -72,6 +72,34 @@ DOES["controlnet"] = DOES["unet"] | {
     "controlnet_conditioning_channel_order": ("rgb",),
     "global_pool_conditions": (False,),
 }
+# transformers' names for settings of CLIP, and its defaults (they hold for what a config.json leaves out)
+CLIP_NAMES = {
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "mlp": "intermediate_size",
+    "vocabulary": "vocab_size",
+    "positions": "max_position_embeddings",
+    "size": "image_size",
+    "patch": "patch_size",
+    "heads": "num_attention_heads",
+    "act": "hidden_act",
+}
+CLIP: dict[str, Any] = {"num_hidden_layers": 12, "hidden_act": "quick_gelu"}
+CLIP_TEXT = CLIP | {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "vocab_size": 49408,
+    "max_position_embeddings": 77,
+    "num_attention_heads": 8,
+    "eos_token_id": 49407,
+}
+CLIP_VISION = CLIP | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "image_size": 224,
+    "patch_size": 32,
+    "num_attention_heads": 12,
+}
 # (kind, width) -> heads and activation of the published towers
 TOWERS = {
     ("clip_text", 768): (12, "quick_gelu"),  # L
@@ -169,19 +197,9 @@ def read_vae(config: Mapping[str, Any], plan: Any) -> dict[str, Any]:
 
 def read_clip(config: Mapping[str, Any], plan: ClipPlan) -> dict[str, Any]:
     """CLIPTextConfig's and CLIPVisionConfig's; an eos_token_id of 2 is older than the token's true number."""
-    eos = config.get("eos_token_id", 2)
-    return {
-        "width": config.get("hidden_size"),
-        "layers": config.get("num_hidden_layers"),
-        "mlp": config.get("intermediate_size"),
-        "vocabulary": config.get("vocab_size"),
-        "positions": config.get("max_position_embeddings"),
-        "size": config.get("image_size"),
-        "patch": config.get("patch_size"),
-        "heads": config.get("num_attention_heads"),
-        "act": config.get("hidden_act"),
-        "eos": None if eos == 2 else eos,
-    }
+    config = (CLIP_VISION if plan.vision else CLIP_TEXT) | dict(config)
+    said = {ours: config[theirs] for ours, theirs in CLIP_NAMES.items() if theirs in config}
+    return said if plan.vision or config["eos_token_id"] == 2 else said | {"eos": config["eos_token_id"]}
 
 
 def complete_unet(free: Mapping[str, Any], plan: UNetPlan) -> dict[str, Any]:
