@@ -251,3 +251,18 @@ def test_h_has_derivatives_forward_and_backward():
     w = torch.randn_like(out)
     (back,) = torch.autograd.grad((net.decode(leaf := h.clone().requires_grad_(), skips, c) * w).sum(), leaf)
     assert torch.allclose((back * v).sum(), (forward * w).sum(), rtol=1e-10)
+
+
+def test_a_step_with_its_taps_is_one_graph():
+    cfg = replace(twins.XL, channels=(16, 32), depth=(0, 1), mid_depth=1, blocks=1)
+    net, (x, t, cond) = random_net(cfg), inputs(cfg)
+
+    def step(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = net.embed(t, context, pooled, ids)
+        h, skips = net.encode(x, c)
+        h = net.middle(h, c)
+        return net.decode(h, skips, c), h, skips[1]
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    for got, want in zip(compiled(x, t, **cond), step(x, t, **cond), strict=True):
+        assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
