@@ -13,7 +13,7 @@ from .taps import Tap
 class Correlations(NamedTuple):
     """Pearson correlations between |h| and |g| over a set of images, at one timestep."""
 
-    t: int
+    t: float
     homo: float  # h and g of the same image
     hetero: float  # h of one image and g of another, the mean over all pairs of different images
     alt: dict[str, float]  # |h blended with another image's h| and |g|, by name of the blend
@@ -25,7 +25,7 @@ def pearson(a: Tensor, b: Tensor) -> float:
     return float((a @ b) / (a.norm() * b.norm()))
 
 
-def correlate(t: int, h: Tensor, g: Tensor, *, gamma: float = 0.3, blends: dict[str, Blend] = BLENDS) -> Correlations:
+def correlate(t: float, h: Tensor, g: Tensor, *, gamma: float = 0.3, blends: dict[str, Blend] = BLENDS) -> Correlations:
     """The three correlations of h (N, C, H, W) and the matched skip g (N, C', H, W) of N images.
 
     |.| is the L2 norm of the whole map.  For image i the other image j runs over all others by cyclic shifts; r_hetero

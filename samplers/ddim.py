@@ -14,8 +14,8 @@ from .schedule import Schedule
 class Step(NamedTuple):
     """One step of a walk."""
 
-    t: int  # the timestep left
-    s: int  # the timestep reached
+    t: float  # the timestep left
+    s: float  # the timestep reached
     x: Tensor  # (B, C, H, W)   the sample at s
     x0: Tensor  # (B, C, H, W)  the clean sample predicted on the way
     eps: Tensor  # (B, C, H, W) the noise predicted at t
@@ -60,7 +60,7 @@ def ddim(
     denoise: Denoise,
     x: Tensor,
     schedule: Schedule,
-    path: Sequence[int],
+    path: Sequence[float],
     *,
     eta: float = 0.0,
     noise: Noise | None = None,

@@ -15,7 +15,7 @@ from .schedule import Schedule
 Variance = Literal["small", "large", "learned"]
 
 
-def betas(schedule: Schedule, t: int, s: int) -> tuple[Tensor, Tensor]:
+def betas(schedule: Schedule, t: float, s: float) -> tuple[Tensor, Tensor]:
     """beta of the step s -> t, and beta~, the variance of x_s given x_t and x_0 (Ho et al. 2020, eq. 7).
 
     At the last step beta~ is 0; its logarithm is taken from the step above, as iDDPM does.
@@ -30,14 +30,14 @@ def betas(schedule: Schedule, t: int, s: int) -> tuple[Tensor, Tensor]:
     return beta, floor if s < 0 else (1 - a_s) / (1 - a_t) * beta
 
 
-def posterior_mean(x: Tensor, x0: Tensor, schedule: Schedule, t: int, s: int) -> Tensor:
+def posterior_mean(x: Tensor, x0: Tensor, schedule: Schedule, t: float, s: float) -> Tensor:
     """E[x_s | x_t, x_0] (Ho et al. 2020, eq. 7), for any s below t."""
     a_t, a_s = schedule(t), schedule(s)
     beta = 1 - a_t / a_s
     return over(a_s.sqrt() * beta / (1 - a_t), x) * x0 + over((a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t), x) * x
 
 
-def log_variance(schedule: Schedule, t: int, s: int, kind: Variance, v: Tensor | None = None) -> Tensor:
+def log_variance(schedule: Schedule, t: float, s: float, kind: Variance, v: Tensor | None = None) -> Tensor:
     """log of the variance of a step: beta~, beta, or v log beta + (1 - v) log beta~ (Nichol & Dhariwal 2021, eq. 15).
 
     `v` (B, C, H, W) is the network's own output in [-1, 1] for kind "learned".  -> (), or like v where it is learned.
@@ -59,7 +59,7 @@ def ddpm(
     denoise: Denoise,
     x: Tensor,
     schedule: Schedule,
-    path: Sequence[int],
+    path: Sequence[float],
     *,
     noise: Noise,
     variance: Variance = "small",

@@ -1,4 +1,11 @@
-"""What a network predicts: the noise eps, the clean image x0, or the velocity v; each gives the others."""
+"""What a network predicts: the noise eps, the clean image x0, or the velocity v; each gives the others.
+
+Every sampler here keeps x_t = sqrt(a) x_0 + sqrt(1 - a) eps, as the networks were trained on: variance-preserving.
+Karras et al. 2022 and k-diffusion keep y = x_0 + sigma eps instead, at most 15 times as large for Stable Diffusion:
+y = x_t / sqrt(a), sigma = sqrt((1 - a) / a), the same eps and x_0.  A schedule has both alpha and sigma for every
+timestep, whole or not, so that a step in one view is a step in the other.  Only the start differs: pure noise z
+is here x_T = z, or `noised(0, z, a)` where k-diffusion begins with y = sigma z (0.2 % less, for Stable Diffusion).
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -6,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .schedule import Schedule
+from .schedule import Schedule, alpha_of, sigma_of
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # (x_t (B, ...), t (B,)) -> eps (B, ...)
 Prediction = Literal["eps", "x0", "v"]
@@ -15,6 +22,22 @@ Prediction = Literal["eps", "x0", "v"]
 def over(a: Tensor, x: Tensor) -> Tensor:
     """A coefficient () or (B,), kept in float64 until here, shaped and cast for x (B, ...)."""
     return a.to(x) if a.ndim == 0 else a.to(x).view(-1, *[1] * (x.ndim - 1))
+
+
+def noised(x0: Tensor, eps: Tensor, a: Tensor) -> Tensor:
+    """x_t = sqrt(a) x_0 + sqrt(1 - a) eps (Ho et al. 2020, eq. 4)."""
+    return over(a.sqrt(), x0) * x0 + over((1 - a).sqrt(), x0) * eps
+
+
+def to_sigma(x: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t -> y = x_t / sqrt(a) = x_0 + sigma eps, and sigma in float64 and a's shape."""
+    return x / over(a.sqrt(), x), sigma_of(a)
+
+
+def from_sigma(y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """y = x_0 + sigma eps -> x_t = y / sqrt(1 + sigma²), what k-diffusion shows the network, and alpha."""
+    a = alpha_of(sigma)
+    return y * over(a.sqrt(), y), a
 
 
 def x0_from_eps(x: Tensor, eps: Tensor, a: Tensor) -> Tensor:
@@ -66,6 +89,19 @@ def clipped(denoise: Denoise, schedule: Schedule, limit: float = 1.0) -> Denoise
     return eps
 
 
-def times(t: int, x: Tensor) -> Tensor:
+def whole(predict: Denoise) -> Denoise:
+    """The network is told the nearest whole timestep, as some published samplers do over Karras' timesteps.
+
+    It goes inside `as_eps`, which needs the timestep as it is: `as_eps(whole(predict), schedule, kind)`.
+    """
+    return lambda x, t: predict(x, t.round())
+
+
+def computed_in(dtype: torch.dtype, predict: Denoise) -> Denoise:
+    """The network computes in `dtype` while the walk keeps x in its own: small steps are lost in half precision."""
+    return lambda x, t: predict(x.to(dtype), t).to(x)
+
+
+def times(t: float, x: Tensor) -> Tensor:
     """One timestep for every image of x: (B,), in float32 or better."""
     return torch.full((len(x),), t, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -1,9 +1,16 @@
 """Paths of timesteps: which ones a sampler visits, downward and ending where the walk ends.
 
-A path is a list of integers in walking order.  Timestep -1 is the clean image.
+A path is a list of timesteps in walking order, mostly whole ones.  Timestep -1 is the clean image.
 """
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 import torch
+
+from .schedule import Schedule, sigma_of
+
+Time = TypeVar("Time", bound=float)
 
 
 def papers(n: int, top: int = 999) -> list[int]:
@@ -36,7 +43,37 @@ def linspace(n: int, steps: int = 1000, *, end: int = -1) -> list[int]:
     return [round((steps - 1) * k / (n - 1)) for k in reversed(range(n))] + [end]
 
 
-def upward(path: list[int]) -> list[int]:
+def fractions(n: int, steps: int = 1000, *, end: int = -1) -> list[float]:
+    """n timesteps from the last to 0 inclusive, not rounded: k-diffusion's, whose networks are told fractions."""
+    _check(n, steps)
+    return [(steps - 1) * k / (n - 1) for k in reversed(range(n))] + [end] if n > 1 else [steps - 1, end]
+
+
+def karras(
+    schedule: Schedule, n: int, *, first: float | None = None, last: float = 0, rho: float = 7.0, end: float = -1
+) -> list[float]:
+    """n timesteps from `first` (the schedule's last) to `last` whose sigma^(1 / rho) are equally spaced, then `end`.
+
+    Karras et al. 2022, eq. 5, with the log of sigma linear between whole timesteps.  diffusers' Euler and Heun take
+    `first` and `last` from the spacing that is named beside Karras; its DPM-Solver++ spans the whole schedule.
+    """
+    _check(n, len(schedule))
+    start = len(schedule) - 1 if first is None else first
+    high, low = (float(sigma_of(schedule(t))) ** (1 / rho) for t in (start, last))
+    if not high > low > 0:
+        raise ValueError(f"Karras' timesteps fall from a noisy one to a less noisy one; got {start} to {last}")
+    inner = [schedule.timestep((high + k / (n - 1) * (low - high)) ** rho) for k in range(1, n - 1)]
+    return [float(start), *inner, *([float(last)] if n > 1 else []), end]
+
+
+def without_lowest(path: Sequence[Time]) -> list[Time]:
+    """One step less, to the same end: DPM-Solver's leading and linspace paths are those of n + 1 steps, so cut."""
+    if len(path) < 3:
+        raise ValueError(f"a path keeps one timestep above its end; got {list(path)}")
+    return [*path[:-2], path[-1]]
+
+
+def upward(path: Sequence[Time]) -> list[Time]:
     """The same timesteps in the order of inversion; the clean image stands in for the lowest noisy one."""
     return [t for t in reversed(path) if t >= 0]
 
