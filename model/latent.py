@@ -1,7 +1,6 @@
 """The parts of a latent diffusion model around tensors that are already there."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from .clip import TextConfig, TextTower, VisionConfig, VisionTower
 from .controlnet import ControlNet, ControlNetConfig
-from .load import Unfilled, moved, uncollected
+from .load import assembled
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -32,19 +31,11 @@ def build(
 ) -> Any:
     """The part, in evaluation mode, its parameters being `tensors` themselves where neither dtype nor device differ.
 
-    `config` is the keyword arguments of its configuration.  Without `dtype` nothing is cast.  Raises ValueError for
-    an unknown part or setting, tensors that do not fit, and values that `dtype` cannot hold.
+    `config` is the keyword arguments of its configuration.  Without `dtype` nothing is cast, and then all tensors have
+    to be of one floating type.  Raises ValueError for an unknown part or setting, tensors that do not fit, mixed types,
+    and values that `dtype` cannot hold.
     """
     if family not in PARTS:
         raise ValueError(f"there is no part {family!r}: it is one of {', '.join(PARTS)}")
     network, settings = PARTS[family]
-    if strange := [name for name in config if name not in {f.name for f in fields(settings)}]:
-        raise ValueError(f"{settings.__name__} has no {strange[0]}")
-    tensors = {name: moved(name, tensor, dtype, device) for name, tensor in tensors.items()}
-    with uncollected(), Unfilled():
-        net = network(settings(**config))
-        try:
-            net.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as e:
-            raise ValueError(f"the tensors are not this {family}'s: {str(e).splitlines()[-1].strip()}") from e
-    return net.eval().requires_grad_(False)
+    return assembled(network, settings, config, tensors, dtype=dtype, device=device)

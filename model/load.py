@@ -57,11 +57,16 @@ def assembled(
         raise ValueError(f"{mixed}: give one dtype= for all")
     with uncollected(), Unfilled():
         net = network(settings(**config))
-        try:
-            net.load_state_dict(tensors, strict=True, assign=True)
-        except RuntimeError as e:
-            raise ValueError(f"the tensors are not this network's: {misfit(net, tensors)}") from e
-    return net.eval().requires_grad_(False)
+        want = {name: tuple(p.shape) for name, p in net.named_parameters()}
+        have = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if have != want:
+            name = next(name for name in (*want, *have) if have.get(name) != want.get(name))
+            misfit = f"{name} should be {want.get(name, 'absent')}, and is {have.get(name, 'absent')}"
+            raise ValueError(f"the tensors are not this network's: {misfit}")
+        for name, tensor in tensors.items():
+            module, _, leaf = name.rpartition(".")
+            net.get_submodule(module).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    return net.eval()
 
 
 class Unfilled(TorchFunctionMode):
