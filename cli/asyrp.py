@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..methods.asyrp import asyrp, coefficients
@@ -98,17 +99,18 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
         session.say(f"wrote {args.save_direction}")
     edits, titles = combined(found, args)
     strips = []
+    jobs = [(i, k) for i in range(n) for k in range(len(args.strip))]
     for d, (chosen, weights) in enumerate(edits):
-        names = [[f"d{d + 1:02d}-p{i + 1:02d}-{k + 1:02d}.png" for k in range(len(args.strip))] for i in range(n)]
-        rows: list[list] = [[] for _ in range(n)]
-        for batch in session.batches(n):
-            for k, multiple in enumerate(args.strip):
-                if not session.wants("sheet.png", f"strip-{d + 1:02d}.png", *(names[i][k] for i in batch)):
-                    continue
-                drawn = edited(x_T, batch, chosen, [multiple * w for w in weights], args, session)
-                for i, row in zip(batch, drawn, strict=True):
-                    rows[i].append(to_picture(row))
-                    yield session.made(names[i][k], rows[i][-1], seed=args.seed + i)
+        names = [f"d{d + 1:02d}-p{i + 1:02d}-{k + 1:02d}.png" for i, k in jobs]
+        rows: list[list[Image.Image]] = [[] for _ in range(n)]
+        for batch in session.batches(len(jobs)):
+            if not session.wants("sheet.png", f"strip-{d + 1:02d}.png", *(names[j] for j in batch)):
+                continue
+            drawn = edited(x_T, [jobs[j] for j in batch], chosen, weights, args, session)
+            for j, row in zip(batch, drawn, strict=True):
+                i = jobs[j][0]
+                rows[i].append(to_picture(row))
+                yield session.made(names[j], rows[i][-1], seed=args.seed + i)
         if session.wants("sheet.png", f"strip-{d + 1:02d}.png"):
             note = f"h is edited at t >= {args.t_edit}, {args.steps} steps"
             columns = [f"{multiple:g}" for multiple in args.strip]
@@ -159,18 +161,30 @@ def combined(
 
 
 def edited(
-    x_T: Tensor, batch: range, chosen: list[Direction], weights: list[float], args: argparse.Namespace, session: Session
+    x_T: Tensor,
+    jobs: Sequence[tuple[int, int]],
+    chosen: list[Direction],
+    weights: list[float],
+    args: argparse.Namespace,
+    session: Session,
 ) -> Tensor:
-    """One batch, edited so much.  -> (B, C, H, W)."""
-    net, rows = session.net, slice(batch.start, batch.stop)
-    # the first draw was x_T where the pictures are drawn from noise
-    noise = seeded([args.seed + i for i in batch])
+    """One batch of jobs (picture, multiple of the strip).  -> (B, C, H, W)."""
+    net, rows = session.net, [i for i, _ in jobs]
+    multiples = torch.tensor([args.strip[k] for _, k in jobs], device=net.device).view(-1, 1, 1, 1)
+    noise = seeded([args.seed + i for i in rows])
     if not args.image:
-        noise(x_T[rows])
+        noise(x_T[rows])  # the first draw was x_T
     walk = asyrp(
-        net.unet, x_T[rows], net.schedule, papers(args.steps), edit(chosen, weights, rows),
-        t_edit=args.t_edit, t_boost=args.t_boost, noise=noise, embed=net.embed,
-    )  # fmt: skip
+        net.unet,
+        x_T[rows],
+        net.schedule,
+        papers(args.steps),
+        edit(chosen, [multiples * weight for weight in weights], rows),
+        t_edit=args.t_edit,
+        t_boost=args.t_boost,
+        noise=noise,
+        embed=net.embed,
+    )
     return last(session.progress(walk, args.steps, f"edit with {chosen[0].name}")).x
 
 

@@ -26,7 +26,7 @@ example:
   diaphane redo out/demo/diffstyle/c01-s02.png
 """
 PICTURES = EMBEDDED / "shapes" / "pictures"
-GAMMAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Part(NamedTuple):
@@ -105,15 +105,16 @@ def gammas(args: argparse.Namespace, session: Session, panels: list[Image.Image]
     contents, style = named("content", 1, 3, 5), named("style", 2)
     tops = [fitted(decoded(session.read(path), path), session.net.side, path) for path in contents]
     rows: list[list[Image.Image]] = [[top] for top in tops]
+    half = argparse.Namespace(**{**vars(args), "steps": max(2, args.steps // 2)})
     for gamma in GAMMAS:
         words = ("--content", *contents, "--style", *style, "--gamma", str(gamma), "--t-boost", "0")
-        for i, made in enumerate(ran("diffstyle", words, args, session)):
+        for i, made in enumerate(ran("diffstyle", words, half, session)):
             if i < len(rows) and made.picture is not None:
                 rows[i].append(made.picture)
                 yield made._replace(name=f"gamma/{gamma:g}/{made.name}")
     panel = sheet(rows, columns=["content", *(f"{gamma:g}" for gamma in GAMMAS)])
     yield session.made("gamma/sheet.png", panel)
-    text = "From the style picture come back (0) to as much of the content's h as there is (1)."
+    text = "From the style picture come back (0) to as much of the content's h as there is (1); half the steps."
     panels.append(headed(panel, "3  From a style to other pictures' content: gamma", text))
 
 

@@ -35,12 +35,14 @@ class Direction(NamedTuple):
     values: dict[int, Tensor] | None = None
     f: DeltaF | None = None
 
-    def __call__(self, h: Tensor, t: int, c: Cond, rows: slice) -> Tensor:
-        """Δh of the pictures in `rows`.  Raises CommandError if it does not fit h (B, C, H, W)."""
+    def __call__(self, h: Tensor, t: int, c: Cond, rows: list[int]) -> Tensor:
+        """Δh of the pictures `rows`.  Raises CommandError if it does not fit h (B, C, H, W)."""
         if self.values is None:
             assert self.f is not None
             return fitting(self.f(h, c.emb), h, self.name)
         value = closest(t, self.values)
+        if 1 < len(value) <= max(rows):
+            raise CommandError(f"{self.name} is for {len(value)} pictures; there are more")
         return fitting(value if len(value) == 1 else value[rows], h, self.name).to(h)
 
 
@@ -51,13 +53,13 @@ def fitting(delta: Tensor, h: Tensor, name: str) -> Tensor:
     return delta
 
 
-def edit(directions: Sequence[Direction], weights: Sequence[float], rows: slice) -> Edit:
-    """h -> h + sum of weight_i Δh_i; every direction sees the unedited h (Kwon et al. 2023, eq. 8 and section 5.3)."""
+def edit(directions: Sequence[Direction], weights: Sequence[Tensor], rows: list[int]) -> Edit:
+    """h -> h + sum of weight_i (B, 1, 1, 1) Δh_i; every direction sees the unedited h (Kwon et al. 2023, eq. 8)."""
 
     def edited(h: Tensor, t: int, c: Cond) -> Tensor:
         out = h
         for direction, weight in zip(directions, weights, strict=True):
-            out = out + weight * direction(h, t, c, rows)
+            out = out + weight.to(h) * direction(h, t, c, rows)
         return out
 
     return edited
