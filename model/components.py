@@ -37,6 +37,7 @@ class Components:
     vae: VAE
     towers: tuple[TextTower, ...]
     tokenizers: tuple[Tokenizer, ...]  # as many as towers, or none where there is no vocabulary
+    texts: tuple[str, ...]  # the towers' names: text_encoder, text_encoder_2
 
     @property
     def xl(self) -> bool:
@@ -81,7 +82,7 @@ def components(
         length = networks[name].cfg.positions
         tokenizers.append(Tokenizer(vocabulary, merges, pad=pad, cut_pad=cut_pad, length=length))
     towers = tuple(networks[name] for name in texts)
-    return Components(networks["unet"], networks["vae"], towers, tuple(tokenizers))
+    return Components(networks["unet"], networks["vae"], towers, tuple(tokenizers), tuple(texts))
 
 
 @contextmanager
