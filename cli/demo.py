@@ -56,7 +56,7 @@ def parts() -> list[Part]:
         Part("diffstyle", "diffstyle", ("--content", *contents, "--style", *styles, "--gamma", "0.6", "--t-boost", "0"),
              "4  Content through h-space (DiffStyle)",
              "Each picture: the style above it is regenerated from its x_T, its h turned towards the content's.\n"
-             "The ground's pattern and the object come from the left; palette, texture and light from above."),
+             "Palette, texture and light stay those above; the ground's pattern comes from the left."),
         Part("mixing", "diffstyle", ("--content", contents[0], contents[2], "--mask", *masks, "--style", *styles[:4],
                                      "--gamma", "0.6", "--t-boost", "0"),
              "5  Two contents in one style, each in its half (local mixing)",
