@@ -200,7 +200,8 @@ def test_inpainting_with_nine_channels_is_diffusers(theirs: Any, parts: Componen
     mask, x0, z = mask_and_latents()
     masked = latents(seed=9)
     want = pipe(TEXTS[0], image=x0, mask_image=mask, masked_image_latents=masked, negative_prompt=NEGATIVE,
-                strength=0.7, guidance_scale=5.0, generator=torch.Generator().manual_seed(7), **common()).images  # fmt: skip
+                strength=0.7, guidance_scale=5.0, generator=torch.Generator().manual_seed(7),
+                **common()).images  # fmt: skip
     config = {**vars(parts.unet.cfg), "in_channels": 9}
     unet = build("unet", config, twins.ours(body.state_dict(), pipeline.latent.unet, pipeline.latent.unet.DIFFUSERS))
     path = t2i.tail(EULER, 0.7)
