@@ -27,6 +27,8 @@ def fetch(repo: str, files: Sequence[str], *, revision: str | None = None, check
     unreached: OfflineError | None = None
     for file in files:
         cached = isinstance(try_to_load_from_cache(repo, file, revision=revision), str)
+        if unreached and not cached:
+            continue  # asking again would only wait for the client's retries again
         try:
             path = download(repo, file, revision)
         except OfflineError as e:
