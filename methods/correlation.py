@@ -29,7 +29,8 @@ def correlate(t: float, h: Tensor, g: Tensor, *, gamma: float = 0.3, blends: dic
     """The three correlations of h (N, C, H, W) and the matched skip g (N, C', H, W) of N images.
 
     |.| is the L2 norm of the whole map.  For image i the other image j runs over all others by cyclic shifts; r_hetero
-    and r_alt are means over the shifts.
+    and r_alt are means over the shifts.  Over all pairs, as the paper prints its sum, r_hetero is -r_homo / (N - 1)
+    whatever the network: that it is near 0 says only that N is not small.
     """
     if len(h) < 3:
         raise ValueError(f"a correlation needs at least 3 images; got {len(h)}")
