@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diaphane.model.blocks import denoiser
 from diaphane.samplers import path
 from diaphane.samplers.ddim import Step, ddim
 from diaphane.samplers.ddpm import ddpm
@@ -36,7 +37,8 @@ from diaphane.samplers.schedule import (
 )
 from torch import Tensor
 
-from .test_samplers import F64, random
+from .golden_nets import tiny
+from .test_samplers import F64, LINEAR, random
 
 SD = scaled_linear()
 Sampler = Callable[..., Iterator[Step]]
@@ -169,8 +171,9 @@ def test_an_ancestral_step_goes_down_further_and_comes_up_in_noise(eta: float):
         exactly(made.x, y * SD(made.s).sqrt())
 
 
-def test_the_ancestral_sampler_is_ddpm_with_the_small_variance():
-    x, walk = random(2, 3, 4, 4), path.leading(7, offset=1)
+@pytest.mark.parametrize("walk", [path.leading(7, offset=1), path.karras(SD, 7)], ids=["leading", "Karras"])
+def test_the_ancestral_sampler_is_ddpm_with_the_small_variance(walk: list[float]):
+    x = random(2, 3, 4, 4)
     ours = euler_ancestral(curved, x, SD, walk, noise=seeded([1, 2]))
     for a, b in zip(ours, ddpm(curved, x, SD, walk, noise=seeded([1, 2])), strict=True):
         exactly(a.x, b.x)
@@ -244,6 +247,20 @@ def test_at_twenty_steps_the_second_order_is_nearer():
     euler_error = error(euler, 20)
     assert error(dpmpp, 20) < euler_error / 5
     assert error(heun, 20) < euler_error / 5
+
+
+def test_on_a_pixel_network_the_second_order_is_nearer_too():
+    unet = tiny("ddpm")
+    x = random(1, unet.in_channels, 4 * unet.multiple, 4 * unet.multiple).float()
+
+    def end(sampler: Sampler, n: int) -> Tensor:
+        return last(sampler(denoiser(unet), x, LINEAR, path.karras(LINEAR, n, first=800, last=100, end=50))).x
+
+    with torch.no_grad():
+        truth = end(heun, 60)
+        off = {name: float((end(sampler, 10) - truth).abs().max()) for name, sampler in WALKS.items()}
+    assert off["heun"] < off["euler"] / 2
+    assert off["2M"] < off["euler"] / 2
 
 
 # ---- what every sampler keeps --------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def multistep(spacing: str, n: int) -> list[float]:
 @pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("spacing", [*SPACINGS, "karras"])
 def test_dpm_solver_takes_diffusers_steps(spacing: str, kind: Prediction, order: int, final: str):
-    for n in [*STEPS, 14, 15]:
+    for n in (5, 14, 15, 50):
         common = settings("leading" if spacing == "karras" else spacing, kind)
         scheduler = DPMSolverMultistepScheduler(
             **common, use_karras_sigmas=spacing == "karras", solver_order=order, final_sigmas_type=final
