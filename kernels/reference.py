@@ -1,7 +1,10 @@
 """Every verb in plain torch: the definition, the default, the fallback."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .sources import Sources
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,3 +28,49 @@ def geglu(x: Tensor) -> Tensor:
     """a * gelu(b) for the two halves a, b of the last axis (Shazeer 2020).  (..., 2C) -> (..., C)."""
     x, gate = x.chunk(2, dim=-1)
     return x * F.gelu(gate)
+
+
+def token_stats(x: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """Mean over tokens, and sqrt(variance + eps) with N - 1 in the denominator.  (..., N, D) -> 2 x (..., D)."""
+    mean = x.mean(-2)
+    squares = (x - mean[..., None, :]).square().sum(-2)
+    return mean, (squares / max(x.shape[-2] - 1, 1) + eps).sqrt()
+
+
+def adain(x: Tensor, ref: Tensor, eps: float = 1e-5) -> Tensor:
+    """Every image takes the token statistics of image ref[i] (Huang & Belongie 2017, eq. 8).  (B, ..., N, D), (B,)."""
+    mean, std = (s[..., None, :] for s in token_stats(x, eps))
+    return (x - mean) / std * std[ref.long()] + mean[ref.long()]
+
+
+def source_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sources: Sources | None = None,
+    pool: tuple[Tensor, Tensor] | None = None,
+    ref: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each image to its own keys and its sources', written out: keys side by side, one softmax.
+
+    q (B, H, N, D), k and v (B, H, M, D), pool 2 x (P, H, T, D), by default k and v.  AdaIN of q and of the own keys
+    towards image ref[i]; the pool is taken as it is.  Returns the output (B, H, N, D) and the log-sum-exp (B, H, N).
+    """
+    pk, pv = (k, v) if pool is None else pool
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    if ref is not None:
+        q, k = adain(q, ref, eps), adain(k, ref, eps)
+    listed = [[] for _ in q] if sources is None else sources.listed()
+    outs, sums = [], []
+    for i, seen in enumerate(listed):
+        logits = [q[i] @ k[i].transpose(-2, -1) * factor]
+        values = [v[i]]
+        for p, start, stop, gain, shift in seen:
+            logits.append(q[i] @ pk[p, :, start:stop].transpose(-2, -1) * (factor * gain) + shift)
+            values.append(pv[p, :, start:stop])
+        row = torch.cat(logits, -1)
+        outs.append(row.softmax(-1) @ torch.cat(values, -2))
+        sums.append(row.logsumexp(-1))
+    return torch.stack(outs), torch.stack(sums)

@@ -1,0 +1,28 @@
+"""Where a Triton kernel can run, and what is said where it, or a derivative of it, cannot."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+TRITON_INSTALLED = find_spec("triton") is not None
+SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+HALF = (torch.float16, torch.bfloat16)
+
+
+def takes_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = SINGLE, widest: int = 256) -> bool:
+    """On an Nvidia device since Ampere, in one of the types, and with a head, the last axis, that is no wider."""
+    if not (TRITON_INSTALLED and torch.version.cuda and x.is_cuda and x.dtype in dtypes and 0 < x.shape[-1] <= widest):
+        return False
+    return torch.cuda.get_device_properties(x.device).major >= 8
+
+
+def refuse(op: str, of: str) -> Callable[..., NoReturn]:
+    """The backward of an op that has none: an error that names it."""
+
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(f"diaphane::{op} has no derivative: {of} can be differentiated once")
+
+    return backward

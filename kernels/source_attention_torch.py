@@ -1,0 +1,155 @@
+"""Source attention in torch: a fused call for the own keys, one per source, merged by their log-sum-exps."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .adain import stats_gradient, token_major
+from .sources import Source, Sources
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pk: Tensor | None,
+    pv: Tensor | None,
+    offsets: Tensor,
+    segments: Tensor,
+    gains: Tensor,
+    stats: Tensor | None,
+    ref: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, N, D), in memory (B, N, H, D), and the log-sum-exp (B, H, N), in nats."""
+    wanted = q
+    if stats is not None and ref is not None:
+        work = stats.dtype  # half precision would overflow where a key hardly varies
+        k, v = k.to(work), v.to(work)
+        pk, pv = (k, v) if pk is None or pv is None else (pk.to(work), pv.to(work))
+        seen, own, row = folded(q.to(work), stats, ref, scale)
+        out, lse = _attend(own, k, v, scale=scale)
+        lse = lse + row
+    else:
+        seen = q
+        out, lse = _attend(q, k, v, scale=scale)
+    pk, pv = (k, v) if pk is None or pv is None else (pk, pv)
+    for images, rows, gain, shift in _calls(offsets, segments, gains):
+        kk, vv = (_rows(x, rows).expand(len(images), -1, -1, -1) for x in (pk, pv))
+        out_s, lse_s = _attend(_pick(seen, images), kk, vv, scale=scale * gain)
+        lse_s = lse_s + shift
+        out_o, lse_o = _pick(out, images), _pick(lse, images)
+        weight = torch.sigmoid(lse_s - lse_o)[..., None].to(out.dtype)
+        _put(out, images, torch.lerp(out_o, out_s, weight))
+        _put(lse, images, torch.logaddexp(lse_o, lse_s))
+    if out.dtype != wanted.dtype or not out.transpose(1, 2).is_contiguous():
+        out = token_major(wanted).copy_(out)
+    return out, lse.contiguous()
+
+
+def folded(q: Tensor, stats: Tensor, ref: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """AdaIN of q; q against unchanged own keys; and what to add to a row of their logits (docs/kernels.md, eq. 3).
+
+    (B, H, N, D), (2, 2, B, H, D), (B,) -> 2 x (B, H, N, D), (B, H, N).
+    """
+    i = ref.long()
+    (mean_q, std_q), (mean_k, std_k) = stats[..., None, :]
+    gain_q, gain_k = std_q[i] / std_q, std_k[i] / std_k
+    centred = q - mean_q
+    seen = torch.addcmul(mean_q[i], centred, gain_q)
+    own = torch.addcmul(mean_q[i] * gain_k, centred, gain_q * gain_k)
+    row = seen @ mean_k[i].transpose(-2, -1) - own @ mean_k.transpose(-2, -1)
+    return seen, own, row[..., 0] * scale
+
+
+def backward(
+    g: Tensor,
+    g_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pk: Tensor | None,
+    pv: Tensor | None,
+    offsets: Tensor,
+    segments: Tensor,
+    gains: Tensor,
+    stats: Tensor | None,
+    ref: Tensor | None,
+    scale: float,
+) -> list[Tensor]:
+    """Gradients by q, k, v, the pool where it is not (k, v), and stats where there are any.
+
+    Every call is told the whole output and the whole log-sum-exp, so that the probabilities it recomputes are those of
+    the one softmax (docs/kernels.md, eq. 7).  Under AdaIN the two are computed again from the keys that the gradient is
+    taken at: folded logits differ from theirs by a rounding, which a peaked softmax would magnify.
+    """
+    results = [token_major(x) for x in (q, k, v, pk, pv) if x is not None]
+    work = lse.dtype
+    g, out, q, k, v = (x.to(work) for x in (g, out, q, k, v))
+    raw_q, raw_k, d = q, k, q.shape[-1]
+    if stats is not None and ref is not None:
+        pk, pv = (raw_k, v) if pk is None or pv is None else (pk.to(work), pv.to(work))
+        i = ref.long()
+        q, k = (
+            torch.ops.diaphane.centred_affine(x, m, s[i] / s, m[i]) for x, (m, s) in zip((q, k), stats, strict=True)
+        )
+        out, lse = forward(q, k, v, pk, pv, offsets, segments, gains, None, None, scale)
+    pk, pv = (raw_k, v) if pk is None or pv is None else (pk.to(work), pv.to(work))
+    if (
+        g_lse is not None
+    ):  # a channel in which the output is -g_lse and its gradient 1 turns g . out into g . out - g_lse
+        q, k, v, pk, pv, out, g = (F.pad(x, (0, 8)) for x in (q, k, v, pk, pv, out, g))
+        out[..., d], g[..., d] = -g_lse, 1
+    dq, dk, dv = _attend_backward(g, q, k, v, out, lse, 0.0, False, scale=scale)
+    dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)
+    for images, rows, gain, shift in _calls(offsets, segments, gains):
+        kk, vv = (_rows(x, rows).expand(len(images), -1, -1, -1) for x in (pk, pv))
+        g_s, q_s, out_s, lse_s = (_pick(x, images) for x in (g, q, out, lse))
+        grads = _attend_backward(g_s, q_s, kk, vv, out_s, lse_s - shift, 0.0, False, scale=scale * gain)
+        _put(dq, images, _pick(dq, images) + grads[0])
+        for total, part in ((dpk, grads[1]), (dpv, grads[2])):
+            for source, piece in zip(rows, part.sum(0).split([s.stop - s.start for s in rows], 1), strict=True):
+                total[source.image, :, source.start : source.stop] += piece
+    dq, dk, dv, dpk, dpv = (x[..., :d] for x in (dq, dk, dv, dpk, dpv))
+    by_stats = []
+    if stats is not None and ref is not None:
+        dq, by_q = stats_gradient(dq, raw_q, stats[0], ref)
+        dk, by_k = stats_gradient(dk, raw_k, stats[1], ref)
+        by_stats = [torch.stack([by_q, by_k])]
+    found = [dq, dk, dv, dpk, dpv] if len(results) == 5 else [dq, dk + dpk, dv + dpv]
+    return [result.copy_(x) for result, x in zip(results, found, strict=True)] + by_stats
+
+
+def _calls(offsets: Tensor, segments: Tensor, gains: Tensor) -> list[tuple[list[int], list[Source], float, float]]:
+    """Images that see the same rows with the same scale and shift, those rows, and the two."""
+    listed = Sources(offsets, segments, gains, 0, 0, 0).listed()
+    images: dict[tuple[float, float, tuple[Source, ...]], list[int]] = {}
+    for i, seen in enumerate(listed):
+        alike: dict[tuple[float, float], list[Source]] = {}
+        for source in seen:
+            alike.setdefault((source.scale, source.shift), []).append(source)
+        for (gain, shift), rows in alike.items():
+            images.setdefault((gain, shift, tuple(rows)), []).append(i)
+    return [(some, list(rows), gain, shift) for (gain, shift, rows), some in images.items()]
+
+
+def _rows(x: Tensor, rows: list[Source]) -> Tensor:
+    """Those rows of the pool, a view where they are one range.  (P, H, T, D) -> (1, H, rows, D)."""
+    parts = [x[s.image : s.image + 1, :, s.start : s.stop] for s in rows]
+    return parts[0] if len(parts) == 1 else torch.cat([p.transpose(1, 2) for p in parts], 1).transpose(1, 2)
+
+
+def _pick(x: Tensor, images: list[int]) -> Tensor:
+    """Those images, a view where they follow each other."""
+    if images == list(range(images[0], images[-1] + 1)):
+        return x[images[0] : images[-1] + 1]
+    return x[images]
+
+
+def _put(x: Tensor, images: list[int], value: Tensor) -> None:
+    x[images] = value

@@ -1,0 +1,137 @@
+"""Which keys, besides its own, each image sees: ranges of rows of a pool, each with a scale and a shift."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SourcesError(ValueError):
+    """Sources that cannot be: a range, a scale, or an image that is not there."""
+
+
+class Source(NamedTuple):
+    """Rows `start` to `stop` of image `image` of the pool; logits become scale * logit + shift, shift in nats."""
+
+    image: int
+    start: int
+    stop: int
+    scale: float = 1.0
+    shift: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of B images as three small tensors, which kernels read without asking the host."""
+
+    offsets: Tensor  # int32 (B + 1,): image i owns segments offsets[i] to offsets[i + 1]
+    segments: Tensor  # int32 (S, 4): image of the queries, image of the pool, start, stop
+    gains: Tensor  # float32 (S, 2): scale, shift
+    images: int  # of queries
+    pool_images: int  # the least the pool must hold
+    pool_rows: int
+
+    @classmethod
+    def of(cls, seen: Sequence[Sequence[Source]], device: torch.device | str = "cpu") -> "Sources":
+        """seen[i]: what image i sees besides its own keys.  Empty ranges are dropped; overlaps count twice.
+
+        SourcesError: a range that runs backwards or begins before 0, a scale that is negative or not finite, a shift
+        that is not finite.
+        """
+        offsets, segments, gains = [0], [], []
+        for i, sources in enumerate(seen):
+            for source in sources:
+                _check(i, source)
+                if source.stop > source.start:
+                    segments.append([i, source.image, source.start, source.stop])
+                    gains.append([source.scale, source.shift])
+            offsets.append(len(segments))
+        return cls(
+            torch.tensor(offsets, dtype=torch.int32).to(device),
+            torch.tensor(segments, dtype=torch.int32).reshape(-1, 4).to(device),
+            torch.tensor(gains, dtype=torch.float32).reshape(-1, 2).to(device),
+            len(seen),
+            max((s[1] + 1 for s in segments), default=0),
+            max((s[3] for s in segments), default=0),
+        )
+
+    def listed(self) -> list[list[Source]]:
+        """What `of` was given, without the empty ranges.  It waits for the device."""
+        gains = self.gains.tolist()
+        rows = [Source(p, a, z, *g) for (_, p, a, z), g in zip(self.segments.tolist(), gains, strict=True)]
+        edges = self.offsets.tolist()
+        return [rows[a:z] for a, z in pairwise(edges)]
+
+
+def _check(image: int, source: Source) -> None:
+    if source.image < 0 or source.start < 0 or source.stop < source.start:
+        raise SourcesError(f"image {image}: a source is rows start <= stop of an image >= 0; got {source}")
+    if not (math.isfinite(source.scale) and source.scale >= 0 and math.isfinite(source.shift)):
+        raise SourcesError(f"image {image}: a source has a finite scale >= 0 and a finite shift; got {source}")
+
+
+def shared(
+    ref: Sequence[int], tokens: int, scale: float = 1.0, shift: float = 0.0, device: torch.device | str = "cpu"
+) -> Sources:
+    """Image i sees image ref[i] of the batch (StyleAligned, Hertz et al. 2024, eq. 4); a reference sees itself alone.
+
+    `scale` multiplies the reference's logits and `shift` is added to them (their section 5.3 and code).  A reference
+    that attends to itself twice is a reference that attends to itself, whatever the shift, so it gets no source.
+    """
+    _in_batch(ref, len(ref))
+    return Sources.of(
+        [[] if r == i else [Source(r, 0, tokens, scale, shift)] for i, r in enumerate(ref)], device=device
+    )
+
+
+def everyone(groups: Sequence[Sequence[int]], tokens: int, device: torch.device | str = "cpu") -> Sources:
+    """Every image sees all the images of its group; `groups` part the batch."""
+    order = sorted(i for group in groups for i in group)
+    if order != list(range(len(order))):
+        raise SourcesError(f"groups hold every image of the batch once; got {[list(g) for g in groups]}")
+    seen: dict[int, list[Source]] = {}
+    for group in groups:
+        for i in group:
+            seen[i] = [Source(j, 0, tokens) for j in group if j != i]
+    return Sources.of([seen[i] for i in order], device=device)
+
+
+def compacted(
+    counts: Sequence[int], sees: Sequence[Sequence[bool]], halves: int = 1, device: torch.device | str = "cpu"
+) -> Sources:
+    """Image i sees the kept tokens of every image j with sees[i][j] (ConsiStory, Tewel et al. 2024, section 3.1).
+
+    The pool is (halves, H, sum(counts), D): the kept tokens of image 0, then of image 1, ... for each half of the batch
+    (guidance makes two).  `sees` has a row per image of a half, and a column per image of the pool: an image is never
+    its own source.
+    """
+    edges = [0]
+    for count in counts:
+        edges.append(edges[-1] + count)
+    seen: list[list[Source]] = []
+    for half in range(halves):
+        for i, row in enumerate(sees):
+            if len(row) != len(counts):
+                raise SourcesError(f"sees[{i}] has one entry per image of the pool, {len(counts)}; got {len(row)}")
+            ranges: list[list[int]] = []
+            for j, seen_j in enumerate(row):
+                if not seen_j or j == i:
+                    continue
+                if ranges and ranges[-1][1] == edges[j]:
+                    ranges[-1][1] = edges[j + 1]
+                else:
+                    ranges.append([edges[j], edges[j + 1]])
+            seen.append([Source(half, a, z) for a, z in ranges])
+    return Sources.of(seen, device=device)
+
+
+def _in_batch(ref: Sequence[int], images: int) -> None:
+    for i, r in enumerate(ref):
+        if not 0 <= r < images:
+            raise SourcesError(f"ref[{i}] is an image of the batch, 0 to {images - 1}; got {r}")
+        if ref[r] != r:
+            raise SourcesError(f"ref[{i}] is {r}, which is its own reference; got ref[{r}] = {ref[r]}")

@@ -1,0 +1,44 @@
+"""Tests of what the Triton kernels compile to, with no GPU: every shipped configuration, for A100 and for Hopper."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diaphane.kernels.device import TRITON_INSTALLED
+
+pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
+def builds(request, tmp_path_factory) -> list[dict]:
+    """What the script printed: registers, stack, shared memory and instructions of each configuration."""
+    script = Path(__file__).parent / "aot.py"
+    cache = os.environ.get("TRITON_CACHE_DIR") or str(tmp_path_factory.mktemp("triton"))
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": cache}
+    ran = subprocess.run(
+        [sys.executable, str(script), str(request.param)], capture_output=True, text=True, env=env, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return [json.loads(line) for line in ran.stdout.splitlines()]
+
+
+def test_every_kernel_is_compiled(builds):
+    kernels = {build["name"].split()[0] for build in builds}
+    assert kernels == {"stats_kernel", "affine_kernel", "moments_kernel", "forward", "queries", "keys"}
+
+
+def test_no_configuration_spills_registers(builds):
+    assert [b for b in builds if b["stack"] or b["spills"]] == []
+
+
+def test_shared_memory_is_within_the_limit_of_every_card(builds):
+    assert [b for b in builds if b["shared"] > b["limit"]] == []
+
+
+def test_matrix_products_run_on_tensor_cores(builds):
+    wanted = [b for b in builds if b["wants_tensor"]]
+    assert len(wanted) == 8
+    assert [b for b in wanted if not b["tensor"]] == []

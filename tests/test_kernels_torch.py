@@ -1,0 +1,185 @@
+"""Tests of source attention and AdaIN in torch: against their definitions, forward and backward, as custom ops."""
+
+import pytest
+import torch
+from diaphane.kernels import cases, reference
+from diaphane.kernels.adain import adain, token_stats
+from diaphane.kernels.source_attention import source_attention
+from diaphane.kernels.sources import Source, Sources, shared
+from torch.library import opcheck
+
+from .kernels_world import error, errors, results
+
+NAMED = pytest.mark.parametrize("case", cases.EDGES, ids=[c.name for c in cases.EDGES])
+
+
+@NAMED
+@pytest.mark.parametrize("use", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)], ids=["output", "lse", "both"])
+def test_it_is_the_definition_in_float64(case: cases.Case, use: tuple[float, float]):
+    made = cases.inputs(case, torch.float64)
+    ours = results(source_attention, case, made, use)
+    true = results(reference.source_attention, case, made, use)
+    for name in ("out", "lse"):
+        torch.testing.assert_close(ours[name], true[name], rtol=1e-9, atol=1e-9)
+    for name in true:
+        torch.testing.assert_close(ours[name], true[name], rtol=1e-7, atol=1e-9 * (1 + true[name].norm().item()))
+
+
+@NAMED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_it_errs_at_most_twice_as_much_as_the_definition_in_the_same_type(case: cases.Case, dtype: torch.dtype):
+    found = errors(case, dtype)
+    assert {"out", "dv"} <= found.keys()
+    assert {name: e for name, e in found.items() if not e[0] <= e[1]} == {}
+
+
+def test_the_reference_is_left_alone():
+    q, k, v = (torch.randn(3, 2, 40, 16, dtype=torch.float64) for _ in range(3))
+    out, lse = source_attention(q, k, v, shared([1, 1, 1], 40, 0.5, 2.0), ref=torch.tensor([1, 1, 1]))
+    alone, alone_lse = source_attention(q[1:2], k[1:2], v[1:2])
+    torch.testing.assert_close(out[1:2], alone, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse[1:2], alone_lse, rtol=1e-12, atol=1e-12)
+
+
+def test_no_source_is_plain_attention_bit_for_bit():
+    q, k, v = (torch.randn(2, 2, 33, 8) for _ in range(3))
+    assert torch.equal(source_attention(q, k, v)[0], reference.attention(q, k, v))
+
+
+def test_a_shift_far_down_hides_a_source():
+    q, k, v = (torch.randn(2, 1, 20, 8, dtype=torch.float64) for _ in range(3))
+    out, _ = source_attention(q, k, v, shared([0, 0], 20, shift=-1e4))
+    torch.testing.assert_close(out, source_attention(q, k, v)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_tiles_of_a_source_are_the_source():
+    q, k, v = (torch.randn(2, 2, 30, 8, dtype=torch.float64) for _ in range(3))
+    whole = Sources.of([[], [Source(0, 0, 30)]])
+    parts = Sources.of([[], [Source(0, 0, 11), Source(0, 11, 12), Source(0, 12, 30)]])
+    for a, b in zip(source_attention(q, k, v, whole), source_attention(q, k, v, parts), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_key_that_hardly_varies_overflows_nothing_in_half_precision():
+    q, k, v = (torch.randn(2, 1, 64, 16) for _ in range(3))
+    q, k[1] = q * 30, k[1] * 1e-3 + 10
+    k[0] = k[0] * 20
+    q, k, v = (x.half() for x in (q, k, v))
+    ref = torch.tensor([0, 0])
+    out, lse = source_attention(q, k, v, shared([0, 0], 64), ref=ref)
+    true, true_lse = reference.source_attention(q.double(), k.double(), v.double(), shared([0, 0], 64), ref=ref)
+    assert out.isfinite().all()
+    assert error(out, true) < 0.02
+    assert error(lse, true_lse) < 0.001
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e5])
+def test_statistics_lose_no_digits_to_a_large_mean(mean: float):
+    x = (torch.randn(2, 3, 501, 8, dtype=torch.float64) + mean).float()
+    found = token_stats(x, x[:, :, :77])
+    for which, y in enumerate((x, x[:, :, :77])):
+        for mine, true in zip(found[which], reference.token_stats(y.double()), strict=True):
+            torch.testing.assert_close(mine.double(), true, rtol=2e-6 * max(1.0, mean / 1e4), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_adain_is_its_definition_and_so_are_its_gradients(dtype: torch.dtype):
+    x = (torch.randn(3, 2, 41, 8, dtype=torch.float64) * 2 + 5).to(dtype)
+    w = torch.randn(3, 2, 41, 8, dtype=torch.float64)
+    ref = torch.tensor([0, 0, 2])
+    grads, values = [], []
+    for run, y in ((adain, x), (reference.adain, x), (reference.adain, x.double())):
+        leaf = y.clone().requires_grad_()
+        values.append(run(leaf, ref))
+        grads.append(torch.autograd.grad((values[-1] * w.to(y.dtype)).sum(), leaf)[0])
+    floor = torch.finfo(dtype).eps
+    for mine, plain, true in (values, grads):
+        assert error(mine, true) <= max(2 * error(plain, true), floor)
+
+
+def test_adain_has_the_derivatives_that_differences_show():
+    x = torch.randn(3, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: adain(x, torch.tensor([0, 0, 2])), (x,))
+    assert torch.autograd.gradcheck(lambda x: token_stats(x, x * x), (x,))
+
+
+def op_inputs(grad: bool) -> tuple:
+    made = cases.inputs(cases.EDGES[1], torch.float32)
+    q, k, v = (made[n].requires_grad_(grad) for n in ("q", "k", "v"))
+    made_sources = cases.sources(cases.EDGES[1])
+    assert made_sources is not None
+    stats = token_stats(q, k).detach().requires_grad_(grad)
+    tables = made_sources.offsets, made_sources.segments, made_sources.gains
+    return q, k, v, None, None, *tables, stats, made["ref"], 0.125
+
+
+def test_the_ops_pass_opcheck():
+    q, k, *_ = op_inputs(True)
+    mean, std = torch.randn(2, 4, 1, 64, requires_grad=True).unbind()
+    opcheck(torch.ops.diaphane.source_attention.default, op_inputs(True))
+    opcheck(torch.ops.diaphane.token_stats.default, (q, k, 1e-5))
+    opcheck(torch.ops.diaphane.centred_affine.default, (q, mean, std, mean))
+    opcheck(torch.ops.diaphane.moments.default, (q.detach(), q.detach(), mean.detach()))
+    args = op_inputs(False)
+    out, lse = torch.ops.diaphane.source_attention(*args)
+    opcheck(torch.ops.diaphane.source_attention_backward.default, (out, lse, out, lse, *args))
+
+
+def test_it_is_one_node_of_a_compiled_graph_and_equal_to_eager():
+    made = cases.inputs(cases.EDGES[1], torch.float32)
+    seen, graphs = cases.sources(cases.EDGES[1]), []
+
+    def keep(graph, _):
+        graphs.append([n for n in graph.graph.nodes if n.op == "call_function" and "diaphane" in str(n.target)])
+        return graph.forward
+
+    def run(q, k, v):
+        return source_attention(q, k, v, seen, ref=made["ref"], stats=stats)
+
+    stats = token_stats(made["q"], made["k"])
+    found = torch.compile(run, backend=keep, fullgraph=True)(made["q"], made["k"], made["v"])
+    assert [len(g) for g in graphs] == [1]
+    for a, b in zip(found, run(made["q"], made["k"], made["v"]), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_second_derivative_is_refused_by_name():
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    out, _ = source_attention(q, q, q)
+    (g,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="source_attention_backward has no derivative"):
+        g.sum().backward()
+
+
+X = torch.zeros(2, 3, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"k": X[:1]}, r"takes k and v \(B, H, M, D\)"),
+        ({"v": X[:, :, :4]}, r"takes k and v \(B, H, M, D\)"),
+        ({"k": X[:, :, :0], "v": X[:, :, :0]}, "M > 0"),
+        ({"v": X.half()}, r"v: torch.float16"),
+        ({"pool": (X[:, :2], X[:, :2])}, r"takes a pool \(P, H, T, D\)"),
+        ({"sources": shared([0, 0, 0], 5)}, "of 3 images, q of 2"),
+        ({"sources": shared([0, 0], 6)}, "at least 1 images of 6 rows; got 2 of 5"),
+        ({"ref": torch.tensor([0])}, "ref is 2 integers"),
+        ({"ref": torch.tensor([0.0, 0.0])}, "ref is 2 integers"),
+        ({"stats": torch.zeros(2, 2, 2, 3, 8)}, "stats come with ref"),
+        ({"scale": 0.0}, "scale is positive"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_in_one_line(kwargs: dict, word: str):
+    with pytest.raises(ValueError, match=word) as e:
+        source_attention(**{"q": X, "k": X, "v": X, **kwargs})
+    assert "\n" not in str(e.value)
+
+
+def test_statistics_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="N > 0"):
+        token_stats(X[:, :, :0])
+    with pytest.raises(ValueError, match="takes k like q"):
+        token_stats(X, X[:1])
+    with pytest.raises(ValueError, match="ref has one entry per image, 2"):
+        adain(X, torch.tensor([0]))
