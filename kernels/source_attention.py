@@ -100,9 +100,9 @@ _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? pk, Tensor? pv, {_TABLES}"
 @torch.library.custom_op("diaphane::source_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     if takes_triton(q, HALF, WIDEST):
-        from . import source_attention_launch
+        from . import source_attention_triton
 
-        return source_attention_launch.forward(q, *rest)
+        return source_attention_triton.forward(q, *rest)
     return source_attention_torch.forward(q, *rest)
 
 
@@ -120,9 +120,9 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _backward(g: Tensor, g_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, *rest: Any) -> list[Tensor]:
     """Gradients by q, k, v, and, where there are any, the pool's keys and values and the statistics."""
     if takes_triton(q, HALF, WIDEST):
-        from . import source_attention_launch
+        from . import source_attention_triton
 
-        return source_attention_launch.backward(g, g_lse, out, lse, q, *rest)
+        return source_attention_triton.backward(g, g_lse, out, lse, q, *rest)
     return source_attention_torch.backward(g, g_lse, out, lse, q, *rest)
 
 

@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 
 import triton
-from diaphane.kernels import adain_triton, source_attention_launch
+from diaphane.kernels import adain_triton, source_attention_triton
 from diaphane.kernels.builds import SHARED, Build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = (adain_triton, source_attention_launch)  # each has builds(architecture)
+MODULES = (adain_triton, source_attention_triton)  # each has builds(architecture)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 
 import torch
-from diaphane.kernels import adain, cases, device, reference, source_attention, source_attention_launch
+from diaphane.kernels import adain, cases, device, reference, source_attention, source_attention_triton
 from kernels_world import errors
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -31,7 +31,7 @@ def poisoned(*args, **kwargs) -> torch.Tensor:
 
 def main() -> None:
     torch.set_num_threads(1)
-    assert source_attention_launch.INTERPRETED
+    assert source_attention_triton.INTERPRETED
     source_attention.takes_triton = adain.takes_triton = takes_triton
     torch.empty, torch.Tensor.new_empty = poisoned, lambda x, *a, **kw: poisoned(*a, **({"dtype": x.dtype} | kw))
     torch.empty_like = lambda x, **kw: poisoned(x.shape, dtype=x.dtype)

@@ -96,9 +96,12 @@ def test_files_beside_the_package_import_it_by_its_name():
 def test_a_file_needs_nothing_at_import_that_a_plain_install_lacks(path: Path):
     declared = {re.split(r"[<>=;\[ ]", d)[0] for d in PROJECT["project"]["dependencies"]}
     have = {"pillow": "PIL"} | {name: name for name in declared - {"pillow"}}
-    known = set(have.values()) - {"triton"} | set(sys.stdlib_module_names)  # triton: Linux alone has it
+    known = set(have.values()) | set(sys.stdlib_module_names)
+    kernel = path.stem.endswith("_triton")  # Linux alone has Triton: such files are imported where there is a GPU
+    known -= set() if kernel else {"triton"}
     for level, name, line, top in imports(path):
         assert level or not top or name.split(".")[0] in known, f"{name_of(path)}:{line} imports {name} at its top"
+        assert kernel or not top or not name.endswith("_triton"), f"{name_of(path)}:{line} imports {name} at its top"
 
 
 def test_the_package_list_is_the_folders_on_disk():
