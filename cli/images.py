@@ -60,6 +60,18 @@ def fitted(picture: Image.Image, side: int, name: str, resize: bool = True) -> I
     return square.resize((side, side), Image.Resampling.BILINEAR, reducing_gap=None)
 
 
+def filled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cropped about its centre to the proportions of `size`, (height, width), and resized to it, bilinear."""
+    height, width = size
+    scale = max(width / picture.width, height / picture.height)
+    across, down = width / scale, height / scale
+    left, top = (picture.width - across) / 2, (picture.height - down) / 2
+    box = (max(left, 0.0), max(top, 0.0), min(left + across, picture.width), min(top + down, picture.height))
+    return (
+        picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.BILINEAR, box)
+    )
+
+
 def to_tensor(picture: Image.Image, channels: int) -> Tensor:
     """A picture -> (C, H, W) in [-1, 1], float32."""
     if channels not in (1, 3):

@@ -10,7 +10,13 @@ from .errors import CommandError
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 MAX_SEED = 2**62
-PLACES = ("out", "quiet", "overwrite", "save_direction")  # where a picture goes, not what it is: left out of its record
+PLACES = (
+    "out",
+    "quiet",
+    "overwrite",
+    "resume",
+    "save_direction",
+)  # where a picture goes, not what it is: left out of its record
 
 
 class Parser(argparse.ArgumentParser):

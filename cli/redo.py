@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import images, options
+from . import images, network, options
 from .errors import CommandError, Differs, line
 from .output import replace
 from .session import Made, Session, content, encoded
 
-MAKERS = ("sample", "invert", "diffstyle", "asyrp", "correlation", "demo")
+MAKERS = ("generate", "sample", "invert", "diffstyle", "asyrp", "correlation", "demo")
 
 
 def parser() -> options.Parser:
@@ -88,7 +88,8 @@ def again(record: Mapping[str, Any], *, model: str | None = None, quiet: bool = 
     p = command.parser()
     args: argparse.Namespace = p.parse_args(options.words(p, settings))
     args.quiet = quiet
-    session = Session(record["command"], args, inputs_of(record), wanted=record["picture"])
+    load = getattr(command, "LOAD", network.loaded)
+    session = Session(record["command"], args, inputs_of(record), wanted=record["picture"], load=load)
     if session.net.weights["sha256"] != record["weights"].get("sha256"):
         was = str(record["weights"].get("sha256"))[:12]
         raise CommandError(f"the weights of {args.model} are others than the picture's (sha256 {was}...): give --model")

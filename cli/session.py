@@ -45,11 +45,12 @@ class Session:
     given: Mapping[str, bytes] = field(default_factory=dict)  # inputs that are in hand already, by path
     wanted: str | None = None  # the one picture that is asked for; None: all
     inputs: dict[str, bytes] = field(default_factory=dict)  # everything read so far, by path
+    load: Callable[[argparse.Namespace], Any] = network.loaded
 
     @cached_property
     def net(self) -> network.Loaded:
         """The network of the options, loaded when first asked for."""
-        return network.loaded(self.args)
+        return self.load(self.args)
 
     def beside(self, command: str, args: argparse.Namespace) -> "Session":
         """A run of another command on the same network."""
@@ -148,11 +149,12 @@ def produce(
     parser: options.Parser,
     make: Callable[[argparse.Namespace, Session], Iterator[Made]],
     argv: Sequence[str],
+    load: Callable[[argparse.Namespace], Any] = network.loaded,
 ) -> int:
     """Run a command that makes files: read the options, make, and write each file as soon as it is finished."""
     args = parser.parse_args(argv)
-    session = Session(command, args)
-    folder = Folder(args.out, overwrite=args.overwrite)
+    session = Session(command, args, load=load)
+    folder = Folder(args.out, overwrite=args.overwrite or getattr(args, "resume", False))
     with torch.no_grad(), folder:
         for made in make(args, session):
             folder.write(made.name, made.data if made.picture is None else encoded(made.picture, made.record))
@@ -166,13 +168,18 @@ def produce(
 
 
 def encoded(picture: Image.Image, record: Mapping[str, Any] | None) -> bytes:
-    """A picture as the bytes of a PNG, with its record in an iTXt chunk called diaphane."""
+    """A picture as the bytes of a PNG, with its record in an iTXt chunk called diaphane.
+
+    Text under `parameters` in the record is in a chunk of that name too, where other programs look for settings.
+    """
     import io
 
     from PIL.PngImagePlugin import PngInfo
 
     chunks = PngInfo()
     chunks.add_itxt("diaphane", json.dumps(record))
+    if record and record.get("parameters"):
+        chunks.add_text("parameters", record["parameters"])
     data = io.BytesIO()
     picture.save(data, "PNG", pnginfo=chunks)
     return data.getvalue()

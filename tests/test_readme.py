@@ -1,6 +1,7 @@
 """The README's own code, names and commands."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,6 @@ def test_the_examples_in_the_help_are_understood(capsys: pytest.CaptureFixture[s
     for command in COMMANDS:
         parser = import_module(f"diaphane.cli.{command}").parser()
         for words in re.findall(rf"^  diaphane {command}(.*)$", parser.epilog or "", re.MULTILINE):
-            parser.parse_args(words.split())
+            parser.parse_args(shlex.split(words))
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("diaphane ")

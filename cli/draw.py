@@ -1,0 +1,145 @@
+"""A batch of pictures of a latent diffusion model: from the options to the walk, and from latents to pixels."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from ..methods import text_to_image as t2i
+from ..methods.controlnet import Control
+from ..methods.prompt import Prompt, encode, score_ids, size_ids
+from ..samplers import path as paths
+from ..samplers.ddim import ddim
+from ..samplers.ddpm import ddpm
+from ..samplers.dpmpp import dpmpp
+from ..samplers.euler import euler, euler_ancestral
+from ..samplers.heun import heun
+from ..samplers.inversion import last
+from ..samplers.noise import Noise, seeded
+from ..samplers.parameterisation import noised
+from . import images, latents
+from .errors import CommandError
+from .session import Session
+
+
+def inpaints(net: latents.Loaded) -> bool:
+    """Whether the UNet is one for inpainting."""
+    return net.parts.unet.in_channels != net.parts.vae.cfg.latent_channels
+
+
+def check(args: argparse.Namespace, net: latents.Loaded) -> None:
+    """Raises CommandError for options that do not go together."""
+    if args.eta and args.sampler != "ddim":
+        raise CommandError("--eta is DDIM's fresh noise: give --sampler ddim")
+    if args.mask and not args.init:
+        raise CommandError("--mask says which part of --init to repaint: give --init")
+    if args.strength is not None and not args.init:
+        raise CommandError("--strength is how much --init may change: give --init")
+    if inpaints(net) and not args.mask:
+        raise CommandError("the model is one for inpainting: give --init and --mask")
+    if bool(args.control) != bool(net.control):
+        raise CommandError("--control is the hint of --control-model: give both")
+
+
+def strength(args: argparse.Namespace) -> float:
+    """The share of the walk that runs."""
+    return args.strength if args.strength is not None else 1.0 if args.mask else 0.75
+
+
+def picture(session: Session, name: str, size: tuple[int, int]) -> Tensor:
+    """A picture file cropped about its centre to the proportions of `size`.  -> (1, 3, H, W) in [-1, 1]."""
+    return images.to_tensor(images.filled(images.decoded(session.read(name), name), size), 3)[None]
+
+
+def walk_of(args: argparse.Namespace, net: latents.Loaded, noise: Noise) -> tuple[t2i.Walk, list[float]]:
+    """The sampler, and the timesteps from noise to a clean picture."""
+    says, n, total = net.says, args.steps, net.says.steps
+    spacing = args.spacing or says.spacing
+    cut = args.sampler == "dpmpp" and spacing in ("leading", "linspace") and n < total // 2
+    makers: dict[str, Callable[[int], Sequence[float]]] = {
+        "leading": lambda n: paths.leading(n, total, offset=min(says.offset, total // n - 1)),
+        "trailing": lambda n: paths.trailing(n, total),
+        "linspace": lambda n: paths.linspace(n, total),
+        "karras": lambda n: paths.karras(net.schedule, n),
+    }
+    path = paths.without_lowest(makers[spacing](n + 1)) if cut else makers[spacing](n)
+    walks: dict[str, t2i.Walk] = {
+        "euler": euler,
+        "euler-a": partial(euler_ancestral, noise=noise),
+        "heun": heun,
+        "dpmpp": dpmpp,
+        "ddim": partial(ddim, eta=args.eta, noise=noise),
+        "ddpm": partial(ddpm, noise=noise),
+    }
+    return walks[args.sampler], list(path)
+
+
+def prepared(
+    args: argparse.Namespace, session: Session, net: latents.Loaded, size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """What pictures among the options become: latents of --init, mask, canvas, hint."""
+    scene: dict[str, Tensor] = {}
+    if args.control:
+        scene["hint"] = (picture(session, args.control, size) + 1) / 2
+    if not args.init:
+        return scene
+    init, vae = picture(session, args.init, size), net.parts.vae
+    with net.on(vae):
+        kind = next(vae.parameters())
+        scene["x0"] = vae.latents(init.to(kind)).float()
+        if args.mask:
+            mask = images.filled(images.decoded(session.read(args.mask), args.mask), size)
+            scene["mask"] = (images.to_mask(mask)[None] >= 0.5).float().to(kind.device)
+            masked = t2i.covered(init.to(kind.device), scene["mask"])
+            scene["canvas"] = t2i.canvas(scene["mask"], vae.latents(masked.to(kind)).float())
+    return {name: value.to(net.device) for name, value in scene.items()}
+
+
+def draw(
+    args: argparse.Namespace,
+    session: Session,
+    net: latents.Loaded,
+    texts: Sequence[str],
+    rows: range,
+    size: tuple[int, int],
+    scene: dict[str, Tensor],
+) -> Tensor:
+    """One batch of pictures, (B, 3, H, W) in [-1, 1]."""
+    parts, n = net.parts, len(texts)
+    positive, negative = said(args, net, texts)
+    noise = seeded([args.seed + i for i in rows])
+    walk, path = walk_of(args, net, noise)
+    controls = [] if net.control is None else [Control(net=net.control, hint=scene["hint"], scale=args.control_scale)]
+    with net.on(parts.unet, net.control):
+        x = t2i.pure_noise(parts, noise, size, n)
+        z = x
+        if args.init:
+            path = t2i.tail(path, strength(args))
+            if not (args.mask and strength(args) == 1):
+                x = noised(scene["x0"].expand_as(z), z, net.schedule(path[0]))
+        ids = score_ids if net.says.aesthetic else size_ids
+        sizes = ids(size, n) if parts.xl else None
+        other = score_ids(size, n, score=2.5) if parts.xl and net.says.aesthetic else None
+        denoise = t2i.denoiser(
+            parts.unet, positive, negative, schedule=net.schedule, ids=sizes, negative_ids=other,
+            prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
+            guidance=args.guidance, rescale=args.rescale, controls=controls,
+            canvas=scene["canvas"] if inpaints(net) else None,
+        )  # fmt: skip
+        if args.mask and not inpaints(net):
+            steps = t2i.repainted(walk, denoise, x, net.schedule, path, scene["x0"].expand_as(z), z, scene["mask"])
+        else:
+            steps = walk(denoise, x, net.schedule, path)
+        x = last(session.progress(steps, len(path) - 1, f"picture {rows[0] + 1} ... {rows[-1] + 1}")).x
+    with net.on(parts.vae):
+        return t2i.pictures(parts.vae, x)
+
+
+def said(args: argparse.Namespace, net: latents.Loaded, texts: Sequence[str]) -> tuple[Prompt, Prompt]:
+    """What texts and the negative text become."""
+    with net.on(*net.parts.towers):
+        positive = encode(net.parts, texts, clip_skip=args.clip_skip)
+        if args.negative is None and net.says.zero_negative:
+            return positive, positive.zeros()
+        return positive, encode(net.parts, [args.negative or ""] * len(texts))

@@ -1,0 +1,149 @@
+"""From the options of text to image to a model that runs: its parts, where they are, and who they are."""
+
+import argparse
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..methods.lora import with_lora
+from ..model import latent as model_latent
+from ..model.components import Components, components, placed
+from ..model.controlnet import ControlNet
+from ..samplers import schedule as schedules
+from ..samplers.schedule import Schedule, rescale_zero_terminal_snr
+from ..weights import lora as weights_lora
+from ..weights import pipeline
+from ..weights.conventions import Conventions
+from ..weights.files import sha256
+from .errors import CommandError
+from .network import device_of
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A latent diffusion model, and what the records of pictures say of it."""
+
+    parts: Components
+    control: ControlNet | None
+    says: Conventions
+    schedule: Schedule
+    weights: dict[str, Any]
+    device: torch.device
+    low: bool  # parts stay on the CPU between uses
+    loras: tuple[str, ...]  # a line about each
+
+    def on(self, *networks: nn.Module | None) -> AbstractContextManager[None]:
+        """The networks on the device meanwhile."""
+        return placed(self.device, *(net for net in networks if net is not None)) if self.low else nullcontext()
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    """The options that say which model."""
+    net = p.add_argument_group("model")
+    net.add_argument("--model", required=True, help="a single file (.safetensors), a folder of diffusers', or a "
+                     "repository on the Hub")  # fmt: skip
+    net.add_argument("--file", help="the single file in a folder or repository")
+    net.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
+    net.add_argument("--tokenizer", help="a folder or repository with CLIP's vocab.json and merges.txt, for single "
+                     "files, which hold none (openai/clip-vit-large-patch14 has them)")  # fmt: skip
+    net.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
+    net.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, folders or repositories, and how "
+                     "much of each (default: 1)")  # fmt: skip
+    net.add_argument("--control-model", help="a ControlNet's file or folder, for --control")
+    net.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
+
+
+def weighted(text: str) -> tuple[str, float]:
+    """NAME:WEIGHT -> both; a name without a weight has 1."""
+    name, colon, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    if not colon or not name:
+        return text, 1.0
+    if not -100 <= weight <= 100:
+        raise CommandError(f"--lora {text}: the weight is a number in -100 ... 100")
+    return name, weight
+
+
+def found(args: argparse.Namespace) -> pipeline.Pipeline:
+    """The model's files, opened and not read."""
+    replaced = {"vae": args.vae} if args.vae else {}
+    return pipeline.load(args.model, file=args.file, variant=args.variant, tokenizer=args.tokenizer,
+                         replaced=replaced, prediction=args.prediction)  # fmt: skip
+
+
+def loaded(args: argparse.Namespace) -> Loaded:
+    """The model that the options name, in evaluation mode and without gradients."""
+    whole = found(args)
+    device = device_of(args.device)
+    name = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "float16"
+    dtype = getattr(torch, name)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if not whole.words:
+        raise CommandError(f"{args.model} came without a vocabulary: give --tokenizer, a folder with vocab.json and "
+                           "merges.txt, or openai/clip-vit-large-patch14")  # fmt: skip
+    at = torch.device("cpu") if args.low_vram else device
+    vae = torch.float32 if dtype == torch.float16 and whole.says.upcast_vae else dtype
+    parts = components(whole.parts, whole.words, dtype=dtype, vae_dtype=vae, device=at)
+    paths, lines = {part: net.paths for part, net in whole.parts.items()}, []
+    paths |= {f"tokeniser of {text}": (words.vocabulary, words.merges) for text, words in whole.words.items()}
+    for text in args.lora or ():
+        source, weight = weighted(text)
+        lora = weights_lora.load(source, whole.parts)
+        parts = with_lora(parts, lora.factors, weight)
+        paths[f"lora {text}"] = lora.paths
+        counts = ", ".join(f"{len(rows)} of {part}" for part, rows in lora.factors.items())
+        lines.append(f"{source} at {weight:g}: {counts}")
+    control = None
+    if args.control_model:
+        net = weights_control(args.control_model)
+        if net.config["context_dim"] != whole.parts["unet"].config["context_dim"]:
+            reads = whole.parts["unet"].config["context_dim"]
+            width = net.config["context_dim"]
+            raise CommandError(f"{args.control_model} reads text tokens of {width}, the model's are {reads}: "
+                               "it is for another model")  # fmt: skip
+        control = model_latent.build(net.family, net.config, net.tensors, dtype=dtype, device=at)
+        paths["controlnet"] = net.paths
+    return Loaded(parts, control, whole.says, schedule_of(whole.says), record(args.model, paths, name), device,
+                  args.low_vram, tuple(lines))  # fmt: skip
+
+
+def weights_control(source: str) -> Any:
+    """A ControlNet's settings and tensors.  Raises CommandError for another network."""
+    from ..weights import latent
+
+    net = latent.load(source)
+    if net.family != "controlnet":
+        raise CommandError(f"{source} is of the kind {net.family}, not a ControlNet")
+    return net
+
+
+def schedule_of(says: Conventions) -> Schedule:
+    """The noise schedule of a model's training."""
+    made = schedules.cosine(says.steps) if says.betas == "cosine" else getattr(schedules, says.betas)(
+        says.steps, says.beta_0, says.beta_1
+    )  # fmt: skip
+    return rescale_zero_terminal_snr(made) if says.zero_terminal_snr else made
+
+
+def record(model: str, paths: dict[str, tuple[Path, ...]], dtype: str) -> dict[str, Any]:
+    """The sha256 of every part's files, and one of all of them."""
+
+    @cache
+    def digest(files: tuple[Path, ...]) -> str:
+        return sha256(files)
+
+    digests = {part: digest(tuple(files)) for part, files in paths.items()}
+    one = set(digests.values())
+    everything = one.pop() if len(one) == 1 else hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+    names = ", ".join(dict.fromkeys(files[0].name for files in paths.values()))
+    return {"model": model, "file": names, "parts": digests, "sha256": everything, "dtype": dtype}
