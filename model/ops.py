@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
+from ..kernels.device import HALF, takes_triton
+from ..kernels.source_attention import WIDEST, source_attention
 
 
 class Site(NamedTuple):
@@ -26,6 +28,14 @@ def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
 def softmax_attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """`attend` written out in products and a softmax."""
     return reference.softmax_attention(q, k, v, bias)
+
+
+def triton_attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`attend` by the kernel of source attention where that takes the inputs, and by torch where it does not."""
+    fits = bias is None and k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[2] > 0
+    if fits and takes_triton(q, HALF, WIDEST):
+        return source_attention(q, k, v)[0]
+    return reference.attention(q, k, v, bias)
 
 
 def group_norm(site: Site, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
@@ -61,3 +71,9 @@ class Ops:
 
 TORCH = Ops()
 JVP = Ops(attend=softmax_attend)  # for torch.func.jvp: torch's fused attention has no forward-mode derivative
+
+
+def triton() -> Ops:
+    """`attend` by Triton on Nvidia devices since Ampere, in half precision, for heads up to 128; every other verb, and
+    attention anywhere else, by torch."""
+    return Ops(attend=triton_attend)

@@ -9,8 +9,9 @@ import sys
 import time
 
 import torch
-from diaphane.kernels import adain, cases, device, reference, source_attention, source_attention_triton
-from kernels_world import errors
+from diaphane.kernels import adain, builds, cases, device, reference, source_attention, source_attention_triton
+from diaphane.model import ops
+from kernels_world import error, errors
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PLAN = [("fp32", [c.name for c in cases.EDGES])]
@@ -48,6 +49,14 @@ def main() -> None:
     far = {"mean": ((mean - true_mean) / true_mean.abs().clamp(min=1), 1e-6), "std": (std / true_std - 1, 1e-5)}
     found = {n: (x.abs().max().item(), most) for n, (x, most) in far.items()}
     print(json.dumps({"case": "statistics", "type": "fp32", "errors": found}))
+    ops.takes_triton = takes_triton
+    q, k = (torch.randn(2, n, 3, 40).transpose(1, 2) for n in (70, 13))
+    plain = reference.attention(q, k, k)
+    launches = []
+    source_attention_triton.launch = lambda *args, **kw: (launches.append(args[0]), builds.launch(*args, **kw))
+    found = ops.triton().attend(ops.Site("mid", 0, "cross"), q, k, k)
+    assert len(launches) == 1
+    print(json.dumps({"case": "verb", "type": "fp32", "errors": {"out": (error(found, plain), 1e-6)}}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def found() -> dict[tuple[str, str], dict[str, tuple[float, float]]]:
     return {(row["case"], row["type"]): row["errors"] for row in rows}
 
 
-@pytest.mark.parametrize("case", [c.name for c in cases.EDGES] + ["statistics"])
+@pytest.mark.parametrize("case", [c.name for c in cases.EDGES] + ["statistics", "verb"])
 def test_kernels_err_at_most_twice_as_much_as_torch_in_float32(found, case: str):
     check(found[case, "fp32"])
 

@@ -6,6 +6,7 @@ from diaphane.kernels import cases, reference
 from diaphane.kernels.adain import adain, token_stats
 from diaphane.kernels.source_attention import source_attention
 from diaphane.kernels.sources import Source, Sources, shared
+from diaphane.model.ops import TORCH, Site, triton
 from torch.library import opcheck
 
 from .kernels_world import error, errors, results
@@ -44,6 +45,14 @@ def test_the_reference_is_left_alone():
 def test_no_source_is_plain_attention_bit_for_bit():
     q, k, v = (torch.randn(2, 2, 33, 8) for _ in range(3))
     assert torch.equal(source_attention(q, k, v)[0], reference.attention(q, k, v))
+
+
+def test_the_verbs_with_kernels_are_the_verbs_without_where_there_is_no_gpu():
+    q, k, v = (torch.randn(2, 2, 33, 8) for _ in range(3))
+    site, bias = Site("mid", 0, "self"), torch.randn(33, 33)
+    assert torch.equal(triton().attend(site, q, k, v), TORCH.attend(site, q, k, v))
+    assert torch.equal(triton().attend(site, q, k, v, bias), TORCH.attend(site, q, k, v, bias))
+    assert (triton().join, triton().group_norm) == (TORCH.join, TORCH.group_norm)
 
 
 def test_a_shift_far_down_hides_a_source():
