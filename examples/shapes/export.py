@@ -1,6 +1,6 @@
 """Write a trained checkpoint as the embedded model: half precision, in the layout of diffusers' UNet2DModel.
 
-    python examples/shapes/export.py runs/shapes weights/embedded/shapes
+python examples/shapes/export.py runs/shapes weights/embedded/shapes
 """
 
 import argparse
