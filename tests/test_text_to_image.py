@@ -1,6 +1,8 @@
 """Text to image by its definitions: settings that change nothing, seeds, sizes, paths, taps, and what is refused."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,3 +262,17 @@ def test_pictures_are_decoded_one_by_one_within_bounds_or_the_overflow_is_named(
     for tile in (None, 4):
         with pytest.raises(NonFiniteError):
             t2i.pictures(parts.vae, z * torch.inf, tile=tile)
+
+
+def test_the_example_in_the_docs_runs():
+    text = (Path(__file__).parent.parent / "docs" / "latent.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "pure_noise" in block)
+    shorter = {'"stabilityai/stable-diffusion-xl-base-1.0", variant="fp16"': repr(str(twins.TINY)), "1024": "64",
+               "leading(30": "leading(2"}  # fmt: skip
+    for long, short in shorter.items():
+        assert long in code
+        code = code.replace(long, short)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["picture"].shape == (1, 3, 64, 64)
+    assert len(found["tap"].skips) == 9

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,12 +144,23 @@ def matched(
             doubled.append(f"{key} and {out[part][name].key} are both {name} of {part}")
         else:
             rank = up.shape[1]
-            alpha = float(sides["alpha"]) if "alpha" in sides else None
-            out[part][name] = Factors(down, up, alphas.scale(key, rank) if alpha is None else alpha / rank, key)
+            scale = number(sides["alpha"], f"{key}.alpha") / rank if "alpha" in sides else alphas.scale(key, rank)
+            out[part][name] = Factors(down, up, scale, key)
     if missing or unexpected or misshapen or doubled:
         message = f"{len(groups) - len(unexpected)} of {len(groups)} modules match"
         raise LayoutError(message, missing=missing, unexpected=unexpected, misshapen=misshapen, doubled=doubled)
     return {part: rows for part, rows in out.items() if rows}
+
+
+def number(value: Any, what: str) -> float:
+    """One finite number.  Raises ConfigError for anything else."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        found = nan
+    if not isfinite(found):
+        raise ConfigError(f"{what} is not one finite number")
+    return found
 
 
 def grouped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
@@ -173,17 +185,17 @@ def right_model(groups: Mapping[str, Mapping[str, Tensor]], parts: Mapping[str, 
     """Raises LayoutError where the width of text tokens says that the LoRA is of another model."""
     reads = parts["unet"].config["context_dim"]
     for key, sides in groups.items():
-        if re.search(r"attn2[._]to[._][kv]$", key) and "down" in sides and sides["down"].shape[1] != reads:
-            width = sides["down"].shape[1]
-            found = f"{KINDS.get(width, 'another model')} (text tokens of {width})"
+        reading = re.search(r"attn2[._]to[._][kv]$", key) and "down" in sides and sides["down"].ndim > 1
+        if reading and (width := sides["down"].shape[1]) != reads:
+            found, this = KINDS.get(width, "another model"), KINDS.get(reads, "another")
             raise LayoutError(
-                f"the LoRA is for {found}; this model is {KINDS.get(reads, 'another')}, which reads {reads}"
+                f"the LoRA is for {found} (text tokens of {width}); this model is {this}, which reads {reads}"
             )
 
 
 def fits(down: Tensor, up: Tensor, shape: Shape) -> bool:
     """Whether up times down has a shape."""
-    if down.ndim != len(shape) or up.ndim != len(shape) or up.shape[1] != down.shape[0]:
+    if down.ndim != len(shape) or up.ndim != len(shape) or up.shape[1] != down.shape[0] or not len(down):
         return False
     return (up.shape[0], *down.shape[1:]) == shape and all(n == 1 for n in up.shape[2:])
 
@@ -242,9 +254,12 @@ class Alphas:
         part, _, module = key.partition(".")
         alpha = self.said.get(f"{part}.lora_alpha")
         patterns = self.said.get(f"{part}.alpha_pattern") or {}
-        for pattern, value in patterns.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                alpha = value
+        try:
+            for pattern, value in patterns.items():
+                if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                    alpha = value
+        except (AttributeError, re.error) as e:
+            raise ConfigError(f"its header's alpha_pattern is malformed: {e}") from e
         if alpha is None:
             return 1.0
-        return float(alpha) / (rank**0.5 if self.said.get(f"{part}.use_rslora") else rank)
+        return number(alpha, "lora_alpha of its header") / (rank**0.5 if self.said.get(f"{part}.use_rslora") else rank)
