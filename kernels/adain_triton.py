@@ -10,7 +10,7 @@ from torch import Tensor
 from .adain import token_major
 from .builds import Build, block, launch
 
-WARPS, TILE = 8, 8192  # elements of a tile
+WARPS, TILE = 8, 4096  # elements of a tile
 
 
 @triton.jit

@@ -31,6 +31,7 @@ class Case(NamedTuple):
     )
     mean: float = 0.0  # of q and k, in units of their deviation
     size: float = 1.0  # of q and k
+    steep: bool = False  # keys that vary by a hundredth, aligned to keys that vary by 20: a gain that half cannot hold
 
 
 _PAIR, _FOUR = (0, 0, 2, 2), (0, 0, 0, 0, 4, 4, 4, 4)
@@ -94,6 +95,7 @@ EDGES = [
     Case("sliced", "q, k, v as slices of one tensor", 2, 2, 70, 64, sees="shared", refs=(0, 0), layout="sliced"),
     Case("far", "means of 20 deviations", 2, 1, 128, 64, sees="shared", refs=(0, 0), adain=True, mean=20.0),
     Case("huge", "logits in the thousands", 2, 1, 64, 64, sees="shared", refs=(0, 0), adain=True, size=20.0),
+    Case("steep", "a folded gain beyond float16", 2, 1, 64, 64, sees="shared", refs=(0, 0), adain=True, steep=True),
 ]  # fmt: skip
 
 
@@ -120,6 +122,8 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", s
         if name != "v":
             spread = torch.rand(images, 1, h * d, generator=g, dtype=torch.float64) + 0.5
             x = (x * spread + case.mean * torch.randn(images, 1, h * d, generator=g, dtype=torch.float64)) * case.size
+        if case.steep and name != "v":
+            x = x * 30 if name == "q" else torch.cat([x[:1] * 20, x[1:] * 1e-2 + 10])
         made[name] = x.unflatten(-1, (h, d)).transpose(1, 2)
     if case.sees == "kept":
         shape = (case.halves, sum(case.kept), h, d)

@@ -21,9 +21,9 @@ TABLE = {
     (90, "keys", 128): Config(64, 32, 8, 1),
     (80, "forward", 64): Config(128, 64, 8, 3),
     (80, "forward", 128): Config(128, 32, 8, 2),
-    (80, "queries", 64): Config(128, 64, 8, 2),
+    (80, "queries", 64): Config(128, 32, 8, 2),
     (80, "queries", 128): Config(128, 16, 8, 2),
-    (80, "keys", 64): Config(64, 64, 8, 2),
+    (80, "keys", 64): Config(64, 32, 8, 2),
     (80, "keys", 128): Config(64, 64, 8, 1),
 }
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
