@@ -127,7 +127,7 @@ def in_folder(
     index = folder.json("model_index.json")
     if index is None:
         raise MissingFileError(
-            f"there is no model_index.json in {folder.name}: give a single file with file=, or a part"
+            f"there is no model_index.json in {folder.name}: name a single file in it with file="
         )
     named = {part for part, kind in index.items() if isinstance(kind, list) and any(kind)}
     if lost := [part for part in ("unet", "vae") if part not in named]:
