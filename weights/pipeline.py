@@ -126,9 +126,7 @@ def in_folder(
     """The parts that a model_index.json names.  Raises MissingFileError, LayoutError."""
     index = folder.json("model_index.json")
     if index is None:
-        raise MissingFileError(
-            f"there is no model_index.json in {folder.name}: name a single file in it with file="
-        )
+        raise MissingFileError(f"there is no model_index.json in {folder.name}: name a single file in it with file=")
     named = {part for part, kind in index.items() if isinstance(kind, list) and any(kind)}
     if lost := [part for part in ("unet", "vae") if part not in named]:
         raise LayoutError(f"{folder.name} is a {index.get('_class_name')} and has no {lost[0]}: UNets are read here")
