@@ -1,5 +1,7 @@
 """Tests of source attention and AdaIN in torch: against their definitions, forward and backward, as custom ops."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diaphane.kernels import cases, reference
@@ -192,3 +194,17 @@ def test_statistics_of_nothing_are_refused():
         token_stats(X, X[:1])
     with pytest.raises(ValueError, match="ref has one entry per image, 2"):
         adain(X, torch.tensor([0]))
+
+
+def test_the_page_about_the_kernels_runs_as_it_is_printed():
+    page = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    imports, style, subject = code.split("\n\n")
+    q = torch.randn(4, 1, 1024, 8)
+    names: dict = {"torch": torch, "q": q, "k": q, "v": q}
+    exec(imports + "\n" + style, names)
+    assert names["out"].shape == q.shape
+    pool = torch.randn(1, 1, 614 + 588, 8)
+    names |= {"q": q[:2], "k": q[:2], "v": q[:2], "kept_k": pool, "kept_v": pool}
+    exec(subject, names)
+    assert names["out"].shape == (2, 1, 1024, 8)
