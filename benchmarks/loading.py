@@ -33,8 +33,7 @@ net = UNet2DModel.from_pretrained(sys.argv[1])
 REPORT = """
 loaded = time.perf_counter()
 def private():
-    fields = {l.split(":")[0]: int(l.split()[1]) for l in open("/proc/self/smaps_rollup") if l.startswith("Private")}
-    return sum(fields.values()) / 1024
+    return next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous")) / 1024
 import json
 print(json.dumps({"load": loaded - imported, "private": private()}))
 """
@@ -45,14 +44,14 @@ BASELINE = {
 
 
 def run(code: str, folder: Path) -> dict[str, float]:
-    """One fresh process: seconds from its start to its end of loading, of the load alone, and private MiB."""
+    """One fresh process: seconds from its start to its end of loading, of the load alone, and anonymous MiB."""
     start = time.perf_counter()
     out = subprocess.run([sys.executable, "-c", "import sys" + code, str(folder)], capture_output=True, check=True)
     return json.loads(out.stdout.splitlines()[-1]) | {"whole": time.perf_counter() - start}
 
 
 def imports_only(name: str, folder: Path) -> float:
-    """Private MiB of a process that has imported everything and loaded nothing."""
+    """Anonymous MiB of a process that has imported everything and loaded nothing."""
     code = "\nimport time; imported = time.perf_counter()\n" + BASELINE[name] + REPORT
     return run(code, folder)["private"]
 
@@ -87,7 +86,7 @@ def main() -> None:
         rows.append(row | {"theirs": other.median, "their_low": other.low, "their_high": other.high} | conditions())
     for name in ("ours", "diffusers"):
         private = timing([r["private"] for r in runs[name]]).median - imports_only(name, weights)
-        case = f"private memory of the load, {name} (share of the file)"
+        case = f"anonymous memory of the load, {name} (share of the file)"
         rows.append({"case": case, "ratio": private / size, "seconds": ""} | conditions())
     write(rows, args.folder / "loading.csv")
 

@@ -1,4 +1,4 @@
-"""What tests of kernels share: every output and gradient of a case beside its definition, in the same type and in float64."""
+"""What tests of kernels share: a case's outputs and gradients beside its definition, in its type and in float64."""
 
 from math import isfinite
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def results(run, case: cases.Case, made: dict[str, Tensor], use: tuple[float, float] = (1.0, 1.0)) -> dict[str, Tensor]:
-    """out and lse of a call on `made`, and gradients, d<input>, of a weighting of the two that depends on the case alone."""
+    """out and lse of a call on `made`, and gradients, d<input>, of a weighting of the two that the case decides."""
     leaves = {n: x.detach().requires_grad_() for n, x in made.items() if n != "ref"}
     pool = (leaves["pk"], leaves["pv"]) if "pk" in leaves else None
     seen = cases.sources(case, made["q"].device)
@@ -34,11 +34,11 @@ def error(found: Tensor, true: Tensor) -> float:
 
 
 def errors(case: cases.Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[float, float]]:
-    """Of every output and gradient that is not zero, and that the type can hold: its distance from float64, and the most.
+    """Of every output and gradient that is not zero and that the type can hold: its distance from float64, the most.
 
-    It may err twice as much as the definition in the same type, or by twice the type's precision where the definition is exact,
-    or by what a probability exp(logit - lse) loses when the two are rounded in float32; by four times that much where the
-    definition is not finite.
+    It may err twice as much as the definition in the same type, or by twice the type's precision where the definition
+    is exact, or by what a probability exp(logit - lse) loses when the two are rounded in float32; by four times that much
+    where the definition is not finite.
     """
     made = cases.inputs(case, dtype, device)
     ours = results(source_attention, case, made)
