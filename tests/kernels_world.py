@@ -37,8 +37,8 @@ def errors(case: cases.Case, dtype: torch.dtype, device: str = "cpu") -> dict[st
     """Of every output and gradient that is not zero and that the type can hold: its distance from float64, the most.
 
     It may err twice as much as the definition in the same type, or by twice the type's precision where the definition
-    is exact, or by what a probability exp(logit - lse) loses when the two are rounded in float32; by four times that much
-    where the definition is not finite.
+    is exact, or by what a probability exp(logit - lse) loses when the two are rounded in float32; by four times that
+    much where the definition is not finite.
     """
     made = cases.inputs(case, dtype, device)
     ours = results(source_attention, case, made)
