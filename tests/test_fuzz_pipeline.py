@@ -94,7 +94,7 @@ def whole(model: Path) -> None:
 
 def test_a_damaged_folder_is_a_model_or_one_line(model: Path):
     rng, errors = random.Random(1), set()
-    for i in range(160):
+    for i in range(90):
         path = model / rng.choice(FILES)
         raw = path.read_bytes()
         changed(path, rng)
@@ -102,7 +102,7 @@ def test_a_damaged_folder_is_a_model_or_one_line(model: Path):
         errors.add(outcome(lambda: pipeline.load(model)) if i % 5 else outcome(partial(whole, model), ValueError))
         path.write_bytes(raw)
     assert "" in errors
-    assert len(errors) > 30
+    assert len(errors) > 20
 
 
 def test_a_damaged_single_file_is_a_model_or_one_line(tmp_path: Path):

@@ -265,7 +265,7 @@ def test_pictures_are_decoded_one_by_one_within_bounds_or_the_overflow_is_named(
 
 
 def test_the_example_in_the_docs_runs():
-    text = (Path(__file__).parent.parent / "docs" / "latent.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "text_to_image.md").read_text()
     (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "pure_noise" in block)
     shorter = {'"stabilityai/stable-diffusion-xl-base-1.0", variant="fp16"': repr(str(twins.TINY)), "1024": "64",
                "leading(30": "leading(2"}  # fmt: skip
