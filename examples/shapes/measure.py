@@ -60,7 +60,9 @@ def row(read: reader.Reading, content: reader.Reading, style: reader.Reading) ->
 
 
 @torch.no_grad()
-def runs(unet: ThreeLists, contents: Tensor, styles: Tensor, steps: int) -> Iterator[tuple[str, float, float, Tensor]]:
+def runs(
+    unet: ThreeLists, contents: Tensor, styles: Tensor, blends: list[str], gammas: list[float], steps: int
+) -> Iterator[tuple[str, float, float, Tensor]]:
     """Every blend, with and without calibration, over gamma; t_edit 400, no boosting.  Yields the pictures."""
     schedule, path = linear(), papers(steps)
     style, content = (invert(unet, x, schedule, path, watch=tqdm) for x in (styles, contents))
@@ -71,9 +73,9 @@ def runs(unet: ThreeLists, contents: Tensor, styles: Tensor, steps: int) -> Iter
         return last(walk).x
 
     plain = injected("slerp", 0.0, 0.0)
-    settings = [(b, w, g) for b in BLENDS for w in (0.0, 0.3) for g in (GAMMAS if b != "replacement" else (1.0,))]
+    settings = [(b, w, g) for b in blends for w in (0.0, 0.3) for g in (gammas if b != "replacement" else (1.0,))]
     for blend, omega, gamma in tqdm(settings, desc="injecting"):
-        if gamma == GAMMAS[0]:
+        if gamma == gammas[0]:
             yield blend, omega, 0.0, plain
         yield blend, omega, gamma, injected(blend, omega, gamma)
 
@@ -101,11 +103,11 @@ def plot(rows: list[dict], file: Path) -> None:
     titles += ["texture is the style's", "object colour, distance to style", "ground colour, distance to style"]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6.5), sharex=True)
     for axis, key, title in zip(axes.flat, panels, titles, strict=True):
-        for colour, blend in zip(("C0", "C1", "C2"), ("slerp", "lerp", "addition"), strict=True):
+        for i, blend in enumerate(dict.fromkeys(r["blend"] for r in rows if r["blend"] != "replacement")):
             for omega, line in ((0.0, "-"), (0.3, "--")):
                 chosen = [r for r in rows if r["blend"] == blend and r["omega"] == omega]
                 label = f"{blend}, {'calibrated' if omega else 'plain'}"
-                axis.plot([r["gamma"] for r in chosen], [r[key] for r in chosen], line, color=colour, label=label)
+                axis.plot([r["gamma"] for r in chosen], [r[key] for r in chosen], line, color=f"C{i}", label=label)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes[1]:
@@ -122,6 +124,10 @@ def main() -> None:
     parser.add_argument("--model", default="shapes", help="an embedded name or a path (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--blends", nargs="+", choices=list(BLENDS), default=list(BLENDS))
+    parser.add_argument(
+        "--gammas", type=float, nargs="+", default=list(GAMMAS), help="besides 0 (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=10**6, help="of the held-out pictures")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +141,7 @@ def main() -> None:
     read = reader.load(args.reader)
 
     rows, strips = [], [contents[:12], styles[:12]]
-    for name, omega, gamma, pictures in runs(unet, contents, styles, args.steps):
+    for name, omega, gamma, pictures in runs(unet, contents, styles, args.blends, args.gammas, args.steps):
         found = row(read(pictures.clamp(-1, 1)), content, style)
         rows.append({"blend": name, "omega": omega, "gamma": gamma, **found})
         if name == "slerp":

@@ -8,7 +8,8 @@ Stops and resumes at any time: run the same command again.  A larger --steps goe
 import argparse
 import csv
 import os
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 import world
 from diaphane.model.blocks import denoiser
 from diaphane.model.ddpm import DDPM, DDPMConfig
+from diaphane.model.ops import TORCH, Site, concat
 from diaphane.samplers.ddim import ddim
 from diaphane.samplers.inversion import last
 from diaphane.samplers.noise import seeded
@@ -29,7 +31,7 @@ CONFIG = DDPMConfig(resolution=32, base=32, mult=(1, 2, 3, 4), blocks=1, attenti
 SCHEDULE = linear()
 
 
-def loss(net: DDPM, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def loss(net: DDPM, x0: Tensor, t: Tensor, noise: Tensor, forget: float) -> tuple[Tensor, Tensor]:
     """The simple loss (Ho et al. 2020, eq. 14), and the one that is trained on.
 
     The simple loss of a trained network is about 2.6 / (t + 4) on this world: it hardly notices the timesteps near T,
@@ -40,11 +42,24 @@ def loss(net: DDPM, x0: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tenso
     a = SCHEDULE(t)
     x = over(a.sqrt(), x0) * x0 + over((1 - a).sqrt(), x0) * noise
     with torch.autocast(x.device.type, torch.bfloat16):
-        eps = net(x, net.embed(t))
+        eps = net(x, net.embed(t), replace(TORCH, join=forgetful(len(x), forget)))
     error = eps.float() - noise
     every = error.square().mean((1, 2, 3))
     coarse = sum(k * F.avg_pool2d(error, k).square().mean((1, 2, 3)) for k in (4, CONFIG.resolution))
     return every.mean(), ((every + coarse) * (t + 4) / (len(SCHEDULE) / 2)).mean()
+
+
+def forgetful(n: int, share: float, finest: int = 16) -> Callable[[Site, Tensor, Tensor], Tensor]:
+    """A join that hides the skips of 16 x 16 and coarser from a share of the pictures: h has to carry what they show.
+
+    Without it the skips alone decide the picture, and an injected h changes next to nothing.
+    """
+    kept = (torch.rand(n, 1, 1, 1) >= share).float()
+
+    def join(site: Site, h: Tensor, skip: Tensor) -> Tensor:
+        return concat(site, h, skip * kept.to(skip) if skip.shape[-1] <= finest else skip)
+
+    return join
 
 
 def amplitude(n: int, generator: torch.Generator) -> Tensor:
@@ -89,6 +104,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where checkpoints, samples and the loss curve go")
     parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument(
+        "--forget", type=float, default=0.6, help="share of pictures without coarse skips (default: 0.6)"
+    )
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -127,7 +145,7 @@ def main() -> None:
             t = (
                 (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) * len(SCHEDULE) / args.batch
             ).long()
-            simple, total = loss(net, x0.to(device), t.to(device), noise.to(device))
+            simple, total = loss(net, x0.to(device), t.to(device), noise.to(device), args.forget)
             optimiser.zero_grad()
             total.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
