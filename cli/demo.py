@@ -20,6 +20,7 @@ sheet that says what is to be seen.
 The embedded model is a small DDPM of a world of shapes, 32 x 32 pixels.  Its pictures have content (the kind
 and place of an object, the pattern of the ground) and style (palette, texture, light), all known.
 """
+INJECTION = ("--gamma", "0.9", "--omega", "0", "--t-edit", "200", "--t-boost", "0")  # strong: it is to be seen
 EXAMPLES = """\
 example:
   diaphane demo
@@ -53,12 +54,12 @@ def parts() -> list[Part]:
              "DDIM, from x_T down to x_0."),
         Part("invert", "invert", ("--", *contents[:4]), "2  Pictures to noise, and back",
              "The same steps walked upward find a picture's x_T; walked down again they give the picture back."),
-        Part("diffstyle", "diffstyle", ("--content", *contents, "--style", *styles, "--gamma", "0.6", "--t-boost", "0"),
+        Part("diffstyle", "diffstyle", ("--content", *contents, "--style", *styles, *INJECTION),
              "4  Content through h-space (DiffStyle)",
              "Each picture: the style above it is regenerated from its x_T, its h turned towards the content's.\n"
-             "Palette, texture and light stay those above; the ground's pattern comes from the left."),
+             "Palette and texture stay near those above; the ground's pattern comes from the left, at times the object's shape."),
         Part("mixing", "diffstyle", ("--content", contents[0], contents[2], "--mask", *masks, "--style", *styles[:4],
-                                     "--gamma", "0.6", "--t-boost", "0"),
+                                     *INJECTION),
              "5  Two contents in one style, each in its half (local mixing)",
              "The first content's h goes into the left half of the map, the second's into the right half."),
         Part("sets", "asyrp", ("--set-a", *styles, "--set-b", *contents, "--image", *styles[:3]),
