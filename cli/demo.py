@@ -20,7 +20,7 @@ sheet that says what is to be seen.
 The embedded model is a small DDPM of a world of shapes, 32 x 32 pixels.  Its pictures have content (the kind
 and place of an object, the pattern of the ground) and style (palette, texture, light), all known.
 """
-INJECTION = ("--gamma", "0.9", "--omega", "0", "--t-edit", "200", "--t-boost", "0")  # strong: it is to be seen
+STRONG = ("--omega", "0", "--t-edit", "200", "--t-boost", "0")  # injection that is to be seen
 EXAMPLES = """\
 example:
   diaphane demo
@@ -54,12 +54,12 @@ def parts() -> list[Part]:
              "DDIM, from x_T down to x_0."),
         Part("invert", "invert", ("--", *contents[:4]), "2  Pictures to noise, and back",
              "The same steps walked upward find a picture's x_T; walked down again they give the picture back."),
-        Part("diffstyle", "diffstyle", ("--content", *contents, "--style", *styles, *INJECTION),
+        Part("diffstyle", "diffstyle", ("--content", *contents, "--style", *styles, "--gamma", "0.9", *STRONG),
              "4  Content through h-space (DiffStyle)",
              "Each picture: the style above it is regenerated from its x_T, its h turned towards the content's.\n"
-             "Palette and texture stay near those above; the ground's pattern, at times the object, comes from the left."),
+             "Palette and texture stay near those above; the ground's pattern, at times the object, comes from left."),
         Part("mixing", "diffstyle", ("--content", contents[0], contents[2], "--mask", *masks, "--style", *styles[:4],
-                                     *INJECTION),
+                                     "--gamma", "0.9", *STRONG),
              "5  Two contents in one style, each in its half (local mixing)",
              "The first content's h goes into the left half of the map, the second's into the right half."),
         Part("sets", "asyrp", ("--set-a", *styles, "--set-b", *contents, "--image", *styles[:3]),
@@ -108,7 +108,7 @@ def gammas(args: argparse.Namespace, session: Session, panels: list[Image.Image]
     rows: list[list[Image.Image]] = [[top] for top in tops]
     half = argparse.Namespace(**{**vars(args), "steps": max(2, args.steps // 2)})
     for gamma in GAMMAS:
-        words = ("--content", *contents, "--style", *style, "--gamma", str(gamma), "--t-boost", "0")
+        words = ("--content", *contents, "--style", *style, "--gamma", str(gamma), *STRONG)
         for i, made in enumerate(ran("diffstyle", words, half, session)):
             if i < len(rows) and made.picture is not None:
                 rows[i].append(made.picture)
