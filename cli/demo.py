@@ -57,7 +57,7 @@ def parts() -> list[Part]:
         Part("diffstyle", "diffstyle", ("--content", *contents, "--style", *styles, "--gamma", "0.9", *STRONG),
              "4  Content through h-space (DiffStyle)",
              "Each picture: the style above it is regenerated from its x_T, its h turned towards the content's.\n"
-             "Texture stays that above and colours lie between; the ground's pattern, at times the object, comes from left."),
+             "Texture stays, colours lie between; the ground's pattern, at times the object, comes from the left."),
         Part("mixing", "diffstyle", ("--content", contents[0], contents[2], "--mask", *masks, "--style", *styles[:4],
                                      "--gamma", "0.9", *STRONG),
              "5  Two contents in one style, each in its half (local mixing)",
