@@ -32,10 +32,10 @@ net = UNet2DModel.from_pretrained(sys.argv[1])
 """
 REPORT = """
 loaded = time.perf_counter()
-def private():
+def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous")) / 1024
 import json
-print(json.dumps({"load": loaded - imported, "private": private()}))
+print(json.dumps({"load": loaded - imported, "anonymous": anonymous()}))
 """
 BASELINE = {
     "ours": "import diaphane.weights.load, diaphane.model.load",
@@ -53,7 +53,7 @@ def run(code: str, folder: Path) -> dict[str, float]:
 def imports_only(name: str, folder: Path) -> float:
     """Anonymous MiB of a process that has imported everything and loaded nothing."""
     code = "\nimport time; imported = time.perf_counter()\n" + BASELINE[name] + REPORT
-    return run(code, folder)["private"]
+    return run(code, folder)["anonymous"]
 
 
 def file(folder: Path) -> Path:
@@ -85,9 +85,9 @@ def main() -> None:
         row = {"case": case, "ratio": ratio(ours, theirs), "seconds": mine.median, "low": mine.low, "high": mine.high}
         rows.append(row | {"theirs": other.median, "their_low": other.low, "their_high": other.high} | conditions())
     for name in ("ours", "diffusers"):
-        private = timing([r["private"] for r in runs[name]]).median - imports_only(name, weights)
+        anonymous = timing([r["anonymous"] for r in runs[name]]).median - imports_only(name, weights)
         case = f"anonymous memory of the load, {name} (share of the file)"
-        rows.append({"case": case, "ratio": private / size, "seconds": ""} | conditions())
+        rows.append({"case": case, "ratio": anonymous / size, "seconds": ""} | conditions())
     write(rows, args.folder / "loading.csv")
 
 
