@@ -18,9 +18,25 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
     return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """GroupNorm (Wu & He 2018), then x * sigmoid(x) if `silu`.  (B, C, ...) -> (B, C, ...)."""
-    x = F.group_norm(x, groups, weight, bias, eps)
+def group_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    ref: Tensor | None = None,
+) -> Tensor:
+    """GroupNorm (Wu & He 2018), then x * sigmoid(x) if `silu`.  (B, C, ...) -> (B, C, ...).
+
+    With ref (B,), integers, image i takes the mean and variance of its own pixels and those of image ref[i] together
+    (StyleAligned's code, "share group norm").
+    """
+    if ref is None:
+        x = F.group_norm(x, groups, weight, bias, eps)
+    else:
+        both = torch.cat([x.flatten(2), x[ref.long()].flatten(2)], dim=2)
+        x = F.group_norm(both, groups, weight, bias, eps)[..., : x[0, 0].numel()].view(x.shape)
     return F.silu(x) if silu else x
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -65,6 +66,50 @@ class Sources:
         rows = [Source(p, a, z, *g) for (_, p, a, z), g in zip(self.segments.tolist(), gains, strict=True)]
         edges = self.offsets.tolist()
         return [rows[a:z] for a, z in pairwise(edges)]
+
+
+class Seen(NamedTuple):
+    """What an attention sees besides the own keys: the arguments of `source_attention` of the same names."""
+
+    sources: Sources | None = None
+    pool: tuple[Tensor, Tensor] | None = None  # 2 x (P, H, T, D); by default the keys and values of the call
+    ref: Tensor | None = None  # (B,) integers: q and the own keys take the token statistics of image ref[i]
+
+
+def also(seen: Seen | None, more: Seen, k: Tensor, v: Tensor) -> Seen:
+    """What one method has described and what the next adds, in one description; k, v (B, H, M, D) are the call's own.
+
+    SourcesError: both align queries and keys, and towards different images.
+    """
+    if seen is None:
+        return more
+    ref = more.ref if seen.ref is None else seen.ref
+    if ref is not None and more.ref is not None and ref is not more.ref and not torch.equal(ref, more.ref):
+        raise SourcesError("two methods align queries and keys towards different images: give both the same references")
+    if seen.sources is None or more.sources is None:
+        return Seen(more.sources, more.pool, ref) if seen.sources is None else Seen(seen.sources, seen.pool, ref)
+    if seen.pool is None and more.pool is None:
+        return Seen(_union(seen.sources, more.sources, 0), None, ref)
+    pools = [(k, v) if each.pool is None else each.pool for each in (seen, more)]
+    rows = max(pk.shape[2] for pk, _ in pools)
+    keys, values = (torch.cat([F.pad(pool[i], (0, 0, 0, rows - pool[i].shape[2])) for pool in pools]) for i in range(2))
+    return Seen(_union(seen.sources, more.sources, len(pools[0][0])), (keys, values), ref)
+
+
+def _union(a: Sources, b: Sources, images: int) -> Sources:
+    """The sources of both, image by image; those of `b` are `images` further on in the pool."""
+    if a.images != b.images:
+        raise SourcesError(f"sources of {a.images} and of {b.images} images cannot be of one attention")
+    segments = torch.cat([a.segments, b.segments + b.segments.new_tensor([0, images, 0, 0])])
+    order = segments[:, 0].argsort(stable=True)
+    return Sources(
+        a.offsets + b.offsets,
+        segments[order],
+        torch.cat([a.gains, b.gains])[order],
+        a.images,
+        max(a.pool_images, b.pool_images + images),
+        max(a.pool_rows, b.pool_rows),
+    )
 
 
 def _check(image: int, source: Source) -> None:

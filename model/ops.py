@@ -1,4 +1,8 @@
-"""The five verbs a network is made of, and the sites where they are spoken."""
+"""The five verbs a network is made of, and the sites where they are spoken.
+
+A method wraps a verb and hands on every argument that it does not use, so that methods stack; what else an attention
+shall see it adds to `seen` (`kernels.sources.also`), and the verb beneath does it.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +14,7 @@ from torch import Tensor
 from ..kernels import reference
 from ..kernels.device import HALF, takes_triton
 from ..kernels.source_attention import WIDEST, source_attention
+from ..kernels.sources import Seen
 
 
 class Site(NamedTuple):
@@ -17,30 +22,61 @@ class Site(NamedTuple):
 
     stage: str  # "enc.0" ... "enc.n-1", "mid", "dec.0" ... "dec.n-1", "out"
     depth: int  # which one of its kind within the stage, in order of execution
-    kind: str  # self, cross (attend) | norm (group_norm) | join | res, self, cross, ff, transformer (add)
+    kind: str  # self, cross, image (attend) | norm (group_norm) | join | res, self, cross, ff, transformer (add)
 
 
-def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention.  (B, H, N, D), 2 x (B, H, M, D) -> (B, H, N, D)."""
-    return reference.attention(q, k, v, bias)
+def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, seen: Seen | None = None) -> Tensor:
+    """Scaled dot-product attention, also to what is `seen` besides the own keys, k and v.
+
+    (B, H, N, D), 2 x (B, H, M, D) -> (B, H, N, D).  A ValueError is raised for a bias together with `seen`.
+    """
+    if seen is None:
+        return reference.attention(q, k, v, bias)
+    unbiased(site, bias)
+    return source_attention(q, k, v, seen.sources, pool=seen.pool, ref=seen.ref)[0]
 
 
-def softmax_attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def softmax_attend(
+    site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, seen: Seen | None = None
+) -> Tensor:
     """`attend` written out in products and a softmax."""
-    return reference.softmax_attention(q, k, v, bias)
+    if seen is None:
+        return reference.softmax_attention(q, k, v, bias)
+    unbiased(site, bias)
+    return reference.source_attention(q, k, v, seen.sources, seen.pool, seen.ref)[0]
 
 
-def triton_attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+def triton_attend(
+    site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, seen: Seen | None = None
+) -> Tensor:
     """`attend` by the kernel of source attention where that takes the inputs, and by torch where it does not."""
     fits = bias is None and k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[2] > 0
-    if fits and takes_triton(q, HALF, WIDEST):
+    if seen is None and fits and takes_triton(q, HALF, WIDEST):
         return source_attention(q, k, v)[0]
-    return reference.attention(q, k, v, bias)
+    return attend(site, q, k, v, bias, seen)
 
 
-def group_norm(site: Site, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """Group normalisation, then SiLU if `silu`.  (B, C, H, W) -> (B, C, H, W)."""
-    return reference.group_norm(x, weight, bias, groups, eps, silu)
+def unbiased(site: Site, bias: Tensor | None) -> None:
+    """Refuse a bias where other keys are seen: it has a column for each of the own keys only."""
+    if bias is not None:
+        raise ValueError(f"attention at {site} has a bias, which says nothing of the other keys that it shall see")
+
+
+def group_norm(
+    site: Site,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    ref: Tensor | None = None,
+) -> Tensor:
+    """Group normalisation, then SiLU if `silu`; with ref (B,), over the pixels of both images i and ref[i].
+
+    (B, C, H, W) -> (B, C, H, W).
+    """
+    return reference.group_norm(x, weight, bias, groups, eps, silu, ref)
 
 
 def geglu(x: Tensor) -> Tensor:
