@@ -38,11 +38,12 @@ def asyrp(
     A yielded Step holds the unedited eps and the edited x0.
     """
     for t, s in pairwise(path):
-        c = (embed or unet.embed)(times(t, x))
+        ts = times(t, x)
+        c = (embed or unet.embed)(ts)
         deep, skips = unet.encode(x, c, ops)
         h = unet.middle(deep, c, ops)
-        eps = unet.decode(h, skips, c, ops)[:, : x.shape[1]]
-        edited = unet.decode(edit(h, t, c), skips, c, ops)[:, : x.shape[1]] if t >= t_edit else eps
+        eps = unet.predict(h, skips, c, x, ts, ops)
+        edited = unet.predict(edit(h, t, c), skips, c, x, ts, ops) if t >= t_edit else eps
         boost = eta if t < t_boost else 0.0
         x, x0 = step(x, edited, schedule(t), schedule(s), eps_dir=eps, eta=boost, noise=noise)
         yield Step(t, s, x, x0, eps)

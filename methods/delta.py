@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..model.blocks import Cond
 from .asyrp import DeltaF, Edit
-from .taps import closest
+from .taps import closest, rows
 
 
 class DeltaBlock(nn.Module):
@@ -83,7 +83,8 @@ def given(delta: Tensor | Mapping[int, Tensor] | FreeDelta, coefficient: float =
             value = delta.at(t)
         else:
             value = delta if isinstance(delta, Tensor) else closest(t, dict(delta))
-        return origin * h + coefficient * value.to(h)
+        value = value.to(h)
+        return origin * h + coefficient * (rows(value, len(h)) if value.ndim == h.ndim else value)
 
     return edit
 

@@ -17,7 +17,7 @@ from ..samplers.parameterisation import over, times, x0_from_eps
 from ..samplers.schedule import Schedule
 from .asyrp import Edit
 from .blend import Blend, norm_matched_slerp
-from .taps import Embed, closest
+from .taps import Embed, closest, rows
 
 
 class Content(NamedTuple):
@@ -47,10 +47,10 @@ def inject(contents: Sequence[Content], blend: Blend = norm_matched_slerp) -> Ed
     def edit(h: Tensor, t: int, c: Cond) -> Tensor:
         edited = h
         for content in contents:
-            other = closest(t, content.h).to(h).expand_as(h)
+            other = rows(closest(t, content.h).to(h), len(h))
             if content.mask is None:
                 return blend(h, other, content.gamma)
-            mask = at_h(content.mask, h)
+            mask = rows(at_h(content.mask, h), len(h))
             edited = edited - mask * h + blend(mask * h, mask * other, content.gamma)
         return edited
 
@@ -64,26 +64,26 @@ def at_h(mask: Tensor, h: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(mask.to(h), (h.shape[-2], h.shape[-1]))
 
 
-def check(contents: Sequence[Content], h: Tensor) -> None:
-    """Raise ValueError for contents that cannot be injected into h (B, C, H, W)."""
+def check(contents: Sequence[Content], h: Tensor, pictures: int) -> None:
+    """Raise ValueError for contents that cannot be injected into h (B, C, H, W), which guidance may have doubled."""
     if not contents:
         raise ValueError("nothing to inject: give at least one content")
     for content in contents:
         held = closest(0, content.h)
-        if held.shape[1:] != h.shape[1:] or len(held) not in (1, len(h)):
+        if held.shape[1:] != h.shape[1:] or len(held) not in (1, pictures, len(h)):
             raise ValueError(
                 f"content h is {tuple(held.shape)}, the style's {tuple(h.shape)}: batch may differ only if 1"
             )
         mask = content.mask
-        if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1 or len(mask) not in (1, len(h))):
-            raise ValueError(f"a mask is (1, 1, H, W) or ({len(h)}, 1, H, W); got {tuple(mask.shape)}")
+        if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1 or len(mask) not in (1, pictures)):
+            raise ValueError(f"a mask is (1, 1, H, W) or ({pictures}, 1, H, W); got {tuple(mask.shape)}")
         if mask is not None and bool(((mask < 0) | (mask > 1)).any()):
             raise ValueError("a mask lies in [0, 1]")
     if len(contents) > 1:
         masks = [content.mask for content in contents if content.mask is not None]
         if len(masks) < len(contents):
             raise ValueError("several contents need a mask each")
-        if bool((torch.stack([at_h(m, h).expand(len(h), -1, -1, -1) for m in masks]).sum(0) > 1 + 1e-4).any()):
+        if bool((torch.stack([at_h(m, h).expand(pictures, -1, -1, -1) for m in masks]).sum(0) > 1 + 1e-4).any()):
             raise ValueError("the masks of several contents overlap")
 
 
@@ -128,19 +128,21 @@ def diffstyle(
     if noise is None and eta > 0 and any(t <= t_boost and s >= 0 for t, s in pairwise(path)):
         raise ValueError("quality boosting draws noise; pass noise=seeded([...]) or t_boost=0")
     for i, (t, s) in enumerate(pairwise(path)):
-        c = (embed or unet.embed)(times(t, x))
+        ts = times(t, x)
+        c = (embed or unet.embed)(ts)
         a_t, a_s = schedule(t), schedule(s)
         deep, skips = unet.encode(x, c, ops)
         h = unet.middle(deep, c, ops)
         if i == 0:
-            check(contents, h)
-        eps = unet.decode(h, skips, c, ops)[:, : x.shape[1]]
+            check(contents, h, len(x))
+        eps = unet.predict(h, skips, c, x, ts, ops)
         injected = authors.inject_at is None or t in authors.inject_at
-        edited = unet.decode(edit(h, t, c), skips, c, ops)[:, : x.shape[1]] if injected and t >= t_edit else eps
+        edited = unet.predict(edit(h, t, c), skips, c, x, ts, ops) if injected and t >= t_edit else eps
         boost = eta if injected and t <= t_boost and s >= 0 else 0.0
         if edited is not eps and omega != 0:
             x = calibrated(x, eps, edited, a_t, omega)
-            eps = edited = unet(x, c, ops)[:, : x.shape[1]]
+            deep, skips = unet.encode(x, c, ops)
+            eps = edited = unet.predict(unet.middle(deep, c, ops), skips, c, x, ts, ops)
             x, x0 = step(x, eps, a_t, a_s, eta=boost, noise=noise)
         elif injected and omega == 0 and authors.dt_lambda != 1 and t >= authors.dt_end:
             x0 = x0_from_eps(x, edited, a_t)

@@ -58,12 +58,11 @@ def jacobian(
     Each iteration takes k forward-mode products J v and k reverse-mode products J^T u; J itself never exists.  Both
     modes must be defined for the verbs in `ops`.  h: (B, C, H, W); images of a batch do not mix.
     """
-    channels = unet.cfg.in_channels  # type: ignore[union-attr]
     if not 1 <= k <= h[0].numel():
         raise ValueError(f"h has 1 ... {h[0].numel()} directions; got k = {k}")
 
     def decode(h: Tensor) -> Tensor:
-        return unet.decode(h, list(skips), c, ops)[:, :channels]
+        return unet.decode(h, list(skips), c, ops)[:, : unet.in_channels]
 
     def orthonormal(v: Tensor) -> tuple[Tensor, Tensor]:
         """(K, B, ...) -> the same span per image with orthonormal rows, and the triangular factor's diagonal (K, B)."""

@@ -45,10 +45,11 @@ def tapped(
 ) -> Iterator[Tap]:
     """DDIM with eta = 0 along `path`, up or down, yielding h and the skips of every network call."""
     for t, s in pairwise(path):
-        c = (embed or unet.embed)(times(t, x))
+        ts = times(t, x)
+        c = (embed or unet.embed)(ts)
         deep, skips = unet.encode(x, c, ops)
         h = unet.middle(deep, c, ops)
-        eps = unet.decode(h, skips, c, ops)[:, : x.shape[1]]
+        eps = unet.predict(h, skips, c, x, ts, ops)
         x, x0 = step(x, eps, schedule(t), schedule(s))
         yield Tap(Step(t, s, x, x0, eps), h, skips)
 
@@ -86,3 +87,10 @@ def closest(t: int, held: dict[int, Tensor]) -> Tensor:
     if not held:
         raise ValueError("no timestep is held: invert an image first")
     return held[min(held, key=lambda u: (abs(u - t), -u))]
+
+
+def rows(v: Tensor, n: int) -> Tensor:
+    """v (B, ...) over and over, n rows in all: what is given for B pictures, for both halves of a guided batch."""
+    if n % len(v):
+        raise ValueError(f"what is given for {len(v)} pictures does not go into a batch of {n}")
+    return v if len(v) == n else v.repeat(n // len(v), *[1] * (v.ndim - 1))

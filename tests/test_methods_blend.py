@@ -188,13 +188,13 @@ WRONG: dict[str, tuple[list[Content], str]] = {
 def test_contents_that_cannot_be_injected_are_refused_in_one_line(what: str):
     contents, says = WRONG[what]
     with pytest.raises(ValueError) as caught:
-        check(contents, H)
+        check(contents, H, len(H))
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_masks_that_touch_without_overlapping_are_taken():
-    check([Content({0: OTHER}, 0.3, half_mask()), Content({0: OTHER}, 0.3, 1 - half_mask())], H)
+    check([Content({0: OTHER}, 0.3, half_mask()), Content({0: OTHER}, 0.3, 1 - half_mask())], H, len(H))
 
 
 # ---- style calibration ---------------------------------------------------------------------------------------------
