@@ -27,7 +27,7 @@ class ThreeLists(nn.Module):
     norm_out: "Norm"
     conv_out: nn.Conv2d
     in_channels: int
-    multiple: int  # H and W are multiples of this: the side, in pixels, of one cell of h
+    multiple: int  # H and W are multiples of this; 1: they are halved to what is next above the half
 
     def embed(self, t: Tensor) -> Cond:
         """Timesteps (B,) -> what every block is conditioned on; each family says what else it takes."""
@@ -36,11 +36,9 @@ class ThreeLists(nn.Module):
     def encode(self, x: Tensor, c: Cond, ops: Ops = TORCH) -> tuple[Tensor, list[Tensor]]:
         """x (B, C, H, W) -> the input of `middle`, and one skip per encoder stage, fine to coarse.
 
-        A ValueError is raised where C is not the network's, or H or W does not halve evenly down to h.
+        A ValueError is raised where C is not the network's, or H or W is no multiple of `multiple`.
         """
-        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            want = f"(B, {self.in_channels}, H, W) with H and W multiples of {self.multiple}"
-            raise ValueError(f"the network takes x {want}; got {tuple(x.shape)}")
+        takes(x, self.in_channels, self.multiple)
         skips: list[Tensor] = []
         for stage in self.enc:
             x = stage(x, c, ops)
@@ -55,9 +53,14 @@ class ThreeLists(nn.Module):
         """h, skips -> the network's output (B, C, H, W).  Stage i of the decoder joins skip n-1-i."""
         if len(skips) != len(self.dec):
             raise ValueError(f"decode takes {len(self.dec)} skips, one per decoder stage; got {len(skips)}")
+        sizes = [(skip.shape[2], skip.shape[3]) for skip in skips[:-1]]  # what the stages before these skips come to
         for i, (stage, skip) in enumerate(zip(self.dec, reversed(skips), strict=True)):
-            h = stage(ops.join(Site(f"dec.{i}", 0, "join"), h, skip), c, ops)
+            h = stage(ops.join(Site(f"dec.{i}", 0, "join"), h, skip), c, ops, sizes.pop() if sizes else None)
         return self.conv_out(self.norm_out(h, ops))
+
+    def predict(self, h: Tensor, skips: list[Tensor], c: Cond, x: Tensor, t: Tensor, ops: Ops = TORCH) -> Tensor:
+        """h, skips of x (B, C, H, W) at timesteps t (B,) -> eps (B, C, H, W): `decode` without a learned variance."""
+        return self.decode(h, skips, c, ops)[:, : x.shape[1]]
 
     def forward(self, x: Tensor, c: Cond, ops: Ops = TORCH) -> Tensor:
         """x (B, C, H, W) -> eps, or eps and the variance channels where the network has learned them."""
@@ -66,12 +69,19 @@ class ThreeLists(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """The modules between two skips, applied in order."""
+    """The modules between two skips, applied in order; an `Up` among them is told the `size` of the next skip."""
 
-    def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:
+    def forward(self, x: Tensor, c: Cond, ops: Ops, size: tuple[int, int] | None = None) -> Tensor:
         for module in self:
-            x = module(x, c, ops)
+            x = module(x, c, ops, size) if isinstance(module, Up) else module(x, c, ops)
         return x
+
+
+def takes(x: Tensor, channels: int, multiple: int) -> None:
+    """Raises ValueError where x is not (B, channels, H, W) with H and W multiples of `multiple`."""
+    if x.ndim != 4 or x.shape[1] != channels or 0 in x.shape[2:] or x.shape[2] % multiple or x.shape[3] % multiple:
+        want = f"(B, {channels}, H, W)" + (f" with H and W multiples of {multiple}" if multiple > 1 else "")
+        raise ValueError(f"the network takes x {want}; got {tuple(x.shape)}")
 
 
 class Stem(nn.Conv2d):
@@ -109,14 +119,23 @@ def double(x: Tensor) -> Tensor:
 
 
 class Up(nn.Module):
-    """Double the resolution: nearest neighbour, then a convolution."""
+    """Double the resolution: nearest neighbour, then a convolution.
+
+    What was n pixels wide before its halving, n odd, comes to n + 1; `size` is what it shall come to, and the last row
+    or column is left out before the convolution.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:
-        return self.conv(double(x))
+    def forward(self, x: Tensor, c: Cond, ops: Ops, size: tuple[int, int] | None = None) -> Tensor:
+        x = double(x)
+        if size is not None and size != (x.shape[2], x.shape[3]):
+            if not all(n - 1 <= side <= n for n, side in zip(x.shape[2:], size, strict=True)):
+                raise ValueError(f"a skip of {size} cannot follow what is doubled to {tuple(x.shape[2:])}")
+            x = x[:, :, : size[0], : size[1]]
+        return self.conv(x)
 
 
 def widths(base: int, mult: tuple[float, ...]) -> tuple[int, ...]:

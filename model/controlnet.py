@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Cond
+from .blocks import Cond, takes
 from .ops import TORCH, Ops
 from .unet import SD15, SDXL, Conditioned, UNetConfig, bottleneck, encoder
 
@@ -64,7 +64,7 @@ class ControlNet(Conditioned):
             self.hint.append(nn.Conv2d(cin, cin, 3, padding=1))
             self.hint.append(nn.Conv2d(cin, cout, 3, stride=2, padding=1))
         self.hint.append(nn.Conv2d(cfg.hint[-1], cfg.channels[0], 3, padding=1))
-        self.in_channels, self.multiple = cfg.in_channels, 2 ** (len(cfg.channels) - 1)
+        self.in_channels = cfg.in_channels
         self.hint_channels, self.factor = cfg.hint_channels, 2 ** (len(cfg.hint) - 1)
 
     def seen(self, hint: Tensor) -> Tensor:
@@ -78,11 +78,8 @@ class ControlNet(Conditioned):
 
         The conditioning is this network's own `embed`.  A ValueError is raised for shapes that do not fit.
         """
-        m, f = self.multiple, self.factor
-        if x.ndim != 4 or x.shape[1] != self.in_channels or x.shape[2] % m or x.shape[3] % m:
-            want = f"(B, {self.in_channels}, H, W) with H and W multiples of {m}"
-            raise ValueError(f"the network takes x {want}; got {tuple(x.shape)}")
-        want = (x.shape[0], self.hint_channels, f * x.shape[2], f * x.shape[3])
+        takes(x, self.in_channels, 1)
+        want = (x.shape[0], self.hint_channels, self.factor * x.shape[2], self.factor * x.shape[3])
         if tuple(hint.shape) != want:
             raise ValueError(f"the hint of x {tuple(x.shape)} is {want}; got {tuple(hint.shape)}")
         seen, skips = self.seen(hint), []

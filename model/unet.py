@@ -198,11 +198,14 @@ def bottleneck(cfg: UNetConfig) -> Stage:
 
 
 class UNet(Conditioned, ThreeLists):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """SDXL, x (B, 4, 128, 128): 9 skips, h (B, 1280, 32, 32); SD, x (B, 4, 64, 64): 12 skips, h (B, 1280, 8, 8)."""
+    """SDXL, x (B, 4, 128, 128): 9 skips, h (B, 1280, 32, 32); SD, x (B, 4, 64, 64): 12 skips, h (B, 1280, 8, 8).
+
+    Other sizes need not halve evenly: n becomes the next integer above n / 2, and n again on the way up.
+    """
 
     def __init__(self, cfg: UNetConfig = SDXL):
         super().__init__(cfg)
-        self.in_channels, self.multiple = cfg.in_channels, 2 ** (len(cfg.channels) - 1)
+        self.in_channels, self.multiple = cfg.in_channels, 1
         stages, emitted = map(list, zip(*encoder(cfg), strict=True))
         self.enc, self.mid = nn.ModuleList(stages), bottleneck(cfg)
         self.dec, ch = nn.ModuleList(), cfg.channels[-1]

@@ -19,10 +19,9 @@ F64 = torch.float64
 LDM_PREFIX = "model.diffusion_model."
 
 
-def inputs(cfg: unet.UNetConfig, side: int = 2) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def inputs(cfg: unet.UNetConfig, size: tuple[int, int] = (16, 24)) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """x, t and the conditioning of three images that are not square, in float64."""
-    cell = 2 ** (len(cfg.channels) - 1)
-    x, t = torch.randn(3, cfg.in_channels, side * cell, (side + 1) * cell, dtype=F64), torch.tensor([0, 417, 999])
+    x, t = torch.randn(3, cfg.in_channels, *size, dtype=F64), torch.tensor([0, 417, 999])
     cond = {"context": torch.randn(3, 7, cfg.context_dim, dtype=F64)}
     if cfg.pooled_dim:
         ids = torch.randint(0, 1500, (3, cfg.ids)).double()
@@ -38,16 +37,20 @@ def random_net(cfg: unet.UNetConfig) -> unet.UNet:
     return net
 
 
+SIZES = {"even": (16, 24), "9x13": (9, 13), "10x7": (10, 7), "1x3": (1, 3)}
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "convolution"])
 @pytest.mark.parametrize("name", twins.CONFIGS)
-def test_the_unet_is_diffusers_unet2dconditionmodel(name: str, linear: bool):
+def test_the_unet_is_diffusers_unet2dconditionmodel(name: str, linear: bool, size: str):
     torch.manual_seed(11)
     cfg = twins.CONFIGS[name]
     twin = twins.diffusers_unet(cfg, linear=linear)
     twins.randomised(twin)
     net = unet.UNet(cfg).eval()
     net.load_state_dict(twins.ours(twin.state_dict(), table, table.DIFFUSERS), strict=True, assign=True)
-    x, t, cond = inputs(cfg)
+    x, t, cond = inputs(cfg, SIZES[size])
 
     def both(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         c = {name: value.to(dtype) for name, value in cond.items()}
@@ -213,13 +216,32 @@ def test_missing_and_misshapen_conditioning_is_an_error_that_names_it():
         plain.embed(t, other["context"], cond["pooled"], cond["ids"])
 
 
-def test_a_network_without_its_text_and_a_size_that_does_not_halve_are_errors():
+def test_a_network_without_its_text_and_x_and_skips_that_do_not_fit_are_errors():
     net, (x, t, cond) = random_net(twins.XL), inputs(twins.XL)
     c = net.embed(t, **cond)
     with pytest.raises(ValueError, match=r"c\.context is None"):
         net(x, Cond(c.emb))
-    with pytest.raises(ValueError, match="multiples of 4"):
-        net(x[:, :, :-1], c)
+    for wrong in (x[:, :3], x[:, :, :0], x[0]):
+        with pytest.raises(ValueError, match=r"^the network takes x \(B, 4, H, W\); got \("):
+            net(wrong, c)
+    h, skips = net.encode(x, c)
+    skips[:3] = [skip[:, :, :-3] for skip in skips[:3]]
+    with pytest.raises(ValueError, match=r"a skip of \(13, 24\) cannot follow what is doubled to \(16, 24\)"):
+        net.decode(h, skips, c)
+
+
+@pytest.mark.parametrize("size", [(9, 13), (10, 7), (16, 24)])
+def test_a_level_of_n_pixels_halves_to_the_next_integer_and_comes_back_to_n(size: tuple[int, int]):
+    net = random_net(twins.REFINER)
+    x, t, cond = inputs(twins.REFINER, size)
+    c = net.embed(t, **cond)
+    h, skips = net.encode(x, c)
+    sides = [size]
+    while len(sides) < 4:
+        sides.append(((sides[-1][0] + 1) // 2, (sides[-1][1] + 1) // 2))
+    assert [tuple(skip.shape[2:]) for skip in skips] == [sides[k] for k in (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3)]
+    assert tuple(h.shape[2:]) == sides[3]
+    assert tuple(net.decode(net.middle(h, c), skips, c).shape[2:]) == size
 
 
 @pytest.mark.parametrize(
@@ -253,9 +275,10 @@ def test_h_has_derivatives_forward_and_backward():
     assert torch.allclose((back * v).sum(), (forward * w).sum(), rtol=1e-10)
 
 
-def test_a_step_with_its_taps_is_one_graph():
+@pytest.mark.parametrize("size", [(16, 24), (7, 10)])
+def test_a_step_with_its_taps_is_one_graph(size: tuple[int, int]):
     cfg = replace(twins.XL, channels=(16, 32), depth=(0, 1), mid_depth=1, blocks=1)
-    net, (x, t, cond) = random_net(cfg), inputs(cfg)
+    net, (x, t, cond) = random_net(cfg), inputs(cfg, size)
 
     def step(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = net.embed(t, context, pooled, ids)
