@@ -91,7 +91,7 @@ def size(text: str) -> str:
 
 
 def sizes(args: argparse.Namespace, net: latents.Loaded) -> tuple[int, int]:
-    """(height, width) in pixels.  Raises ValueError for sizes that the UNet cannot halve."""
+    """(height, width) in pixels.  Raises ValueError for sizes that are no multiples of 8."""
     width, _, height = (args.size or str(net.says.side)).partition("x")
     whole = int(height or width), int(width)
     t2i.latent_size(net.parts, whole)

@@ -73,8 +73,8 @@ def denoiser(
 
 
 def latent_size(parts: Components, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels -> in latents.  A ValueError is raised for sizes that do not halve evenly down to h."""
-    whole = parts.factor * parts.unet.multiple
+    """(height, width) in pixels -> in latents.  A ValueError is raised for sizes that are no multiples of 8."""
+    whole = parts.factor
     if len(size) != 2 or any(side < 1 or side % whole for side in size):
         near = tuple(max(whole, round(side / whole) * whole) for side in size)
         raise ValueError(f"height and width are multiples of {whole}, not {tuple(size)}: {near} is near")

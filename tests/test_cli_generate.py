@@ -202,7 +202,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     wrong = {
-        ("--size", "60x64"): "multiples of 32",
+        ("--size", "60x64"): "multiples of 8",
         ("--size", "0x64"): "no size",
         ("--size", "sixty"): "no size",
         ("--mask", mask): "give --init",

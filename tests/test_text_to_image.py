@@ -237,8 +237,8 @@ def test_what_does_not_fit_is_refused_in_one_line(parts: Components, control: Co
         assert "\n" not in str(e.value)
         return str(e.value)
 
-    assert "multiples of 32, not (60, 96): (64, 96)" in refused(lambda: t2i.latent_size(parts, (60, 96)))
-    assert "multiples of 32" in refused(lambda: t2i.latent_size(parts, (0, 96)))
+    assert "multiples of 8, not (60, 96): (64, 96)" in refused(lambda: t2i.latent_size(parts, (60, 96)))
+    assert "multiples of 8" in refused(lambda: t2i.latent_size(parts, (0, 96)))
     assert "came without a vocabulary" in refused(lambda: encode(replace(parts, tokenizers=()), "x"))
     assert "give as many" in refused(lambda: encode(parts, ["a", "b"], ["c"]))
     assert "not int" in refused(lambda: encode(parts, [3]))  # type: ignore[list-item]

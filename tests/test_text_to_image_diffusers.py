@@ -234,6 +234,45 @@ def test_controlnets_of_a_scale_and_a_range_are_diffusers(parts: Components):
     assert (run(euler, plain, x, EULER) - want).abs().amax() > want.std()
 
 
+@pytest.mark.parametrize("way", ["text", "image", "mask", "control"])
+def test_pictures_whose_sides_are_odd_multiples_of_8_are_diffusers(theirs: Any, parts: Components, way: str):
+    import diffusers
+
+    size, gen = (72, 104), torch.Generator().manual_seed(3)
+    x0, hint, mask = latents(size=(9, 13), seed=4), torch.rand(1, 3, *size, generator=gen), torch.zeros(1, 1, *size)
+    mask[:, :, 21:50, 40:] = 1
+    told = {"num_inference_steps": N, "guidance_scale": 5.0, "negative_prompt": NEGATIVE, "output_type": "latent"}
+    prompts, ids = (encode(parts, TEXTS[0]), encode(parts, NEGATIVE)), size_ids(size)
+    z, controls, path = seeded([7])(x0), [], EULER if way in ("text", "control") else t2i.tail(EULER, 0.61)
+    if way == "control":
+        folder = twins.TINY / "controlnet"
+        net = diffusers.ControlNetModel.from_pretrained(folder, dtype=torch.float32)
+        pipe = tiny("StableDiffusionXLControlNetPipeline", controlnet=net)
+        more = {"image": hint, "latents": z, "height": size[0], "width": size[1]}
+        found = latent.load(folder)
+        controls = [Control(net=build(found.family, found.config, found.tensors, dtype=torch.float32), hint=hint)]
+    elif way == "text":
+        pipe, more = theirs, {"latents": z, "height": size[0], "width": size[1]}
+    elif way == "image":
+        pipe, more = diffusers.AutoPipelineForImage2Image.from_pipe(theirs), {"image": x0, "strength": 0.61}
+    else:
+        pipe = diffusers.AutoPipelineForInpainting.from_pipe(theirs)
+        more = {"image": x0, "mask_image": mask, "strength": 0.61, "height": size[0], "width": size[1]}
+    pipe.scheduler = scheduler("EulerDiscreteScheduler")
+    pipe.set_progress_bar_config(disable=True)
+    want = pipe(TEXTS[0], generator=torch.Generator().manual_seed(7), **told, **more).images
+
+    assert t2i.latent_size(parts, size) == (9, 13)
+    denoise = t2i.denoiser(parts.unet, *prompts, schedule=SCHEDULE, ids=ids, controls=controls)
+    x = z if path is EULER else noised(x0, z, SCHEDULE(path[0]))
+    if way == "mask":
+        near(list(t2i.repainted(euler, denoise, x, SCHEDULE, path, x0, z, mask))[-1].x, want)
+    else:
+        near(run(euler, denoise, x, path), want)
+    drawn = theirs.vae.decode(want / theirs.vae.config.scaling_factor).sample.clamp(-1, 1)
+    assert torch.allclose(t2i.pictures(parts.vae, want), drawn, atol=5e-5)
+
+
 def first(tmp_path: Path, *, v: bool) -> tuple[Any, Components, pipeline.Pipeline]:
     """A tiny model of the kind of Stable Diffusion 1 (or 2, which predicts v), diffusers' and ours from its folder."""
     import diffusers
