@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 TINY = HERE / "golden" / "tiny-sdxl"
-CASES = HERE / "data" / "instantstyle"
+CASES = HERE / "golden" / "instantstyle"
 
 XL = UNetConfig(
     channels=(16, 32, 48), depth=(0, 1, 2), mid_depth=2, head_dim=8, context_dim=24, pooled_dim=10, id_dim=6, groups=8

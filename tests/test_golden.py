@@ -9,12 +9,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import golden_hspace
+from . import golden_consistory, golden_hspace, golden_instantstyle
 from .golden_reader import Case, Folder
 
 GOLDEN = Path(__file__).parent / "golden"
 
-METHODS = {"hspace": golden_hspace.cases}
+METHODS = {
+    "consistory": golden_consistory.cases,
+    "hspace": golden_hspace.cases,
+    "instantstyle": golden_instantstyle.cases,
+}
 
 
 def collect(root: Path) -> list[Case]:

@@ -25,7 +25,7 @@ from .test_samplers import F64, random
 from .test_sdxl_unet import TINY_CFG, tiny
 
 SD = scaled_linear()
-CASE = HERE / "data" / "consistory" / "10_edit_friendly_inversion"
+CASE = HERE / "golden" / "consistory" / "10_edit_friendly_inversion"
 
 
 def world(x: Tensor, t: Tensor) -> Tensor:
