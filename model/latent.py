@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .clip import TextConfig, TextTower, VisionConfig, VisionTower
 from .controlnet import ControlNet, ControlNetConfig
+from .image_prompt import IPAdapter, IPAdapterConfig
 from .load import assembled
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
@@ -18,6 +19,7 @@ PARTS: dict[str, tuple[type[nn.Module], type]] = {
     "vae": (VAE, VAEConfig),
     "clip_text": (TextTower, TextConfig),
     "clip_vision": (VisionTower, VisionConfig),
+    "ip_adapter": (IPAdapter, IPAdapterConfig),
 }
 
 
