@@ -90,3 +90,50 @@ def source_attention(
         outs.append(row.softmax(-1) @ torch.cat(values, -2))
         sums.append(row.logsumexp(-1))
     return torch.stack(outs), torch.stack(sums)
+
+
+def masked_maps(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Attention, and of its probabilities the columns of chosen keys, averaged over heads.
+
+    q (B, H, N, D), k and v (B, H, M, D), tokens integers (B, T) or (T,), of which -1 stands for no key, so that its map
+    is 0.  Returns the output (B, H, N, D) and the maps (B, N, T), float32 or float64.
+    """
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    weights = (q @ k.transpose(-2, -1) * factor).softmax(-1)
+    chosen = tokens.long().expand(q.shape[0], -1)[:, None, None, :]
+    columns = weights.gather(-1, chosen.clamp(min=0).expand(-1, *q.shape[1:3], -1))
+    sums = torch.promote_types(q.dtype, torch.float32)
+    return weights @ v, (columns.to(sums) * (chosen >= 0)).mean(1)
+
+
+def match(src: Tensor, tgt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """For every row of tgt, of each source the row inside its mask that has the largest cosine with it, and that cosine.
+
+    src (S, M, C), tgt (B, N, C), mask bool (S, M) -> index int64 (B, S, N), similarity float32 or float64 (B, S, N).
+    Of equal rows the first is taken.  A row of zeros has a cosine of 0; an empty mask gives index 0 and -1.
+    """
+    src, tgt = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (src, tgt))
+    src, tgt = (x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny) for x in (src, tgt))
+    cosine = torch.einsum("smc,bnc->bsnm", src, tgt)
+    if mask is not None:
+        cosine = torch.where(mask[:, None], cosine, -1.0)
+    similarity, index = cosine.max(-1)
+    return index, similarity
+
+
+def compact(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a mask is true, image by image and in order, and where each image's part begins.
+
+    bool (B, N) -> int64 (K,), numbers of rows of the flattened mask, and int32 (B + 1,).
+    """
+    edges = torch.cat([mask.new_zeros(1, dtype=torch.int32), mask.sum(1).cumsum(0).int()])
+    return mask.flatten().nonzero().flatten(), edges
+
+
+def gather(x: Tensor, index: Tensor, halves: int = 1) -> Tensor:
+    """The rows that `compact` kept, side by side, for each half of the batch.
+
+    (halves B, H, N, D), (K,) -> (halves, H, K, D).
+    """
+    rows = x.unflatten(0, (halves, -1)).transpose(2, 3).flatten(1, 2)
+    return rows[:, index].transpose(1, 2)
