@@ -1,4 +1,4 @@
-"""IP-Adapters in their public layout: flat in .safetensors, nested in .bin, keys and values counted over all attentions."""
+"""IP-Adapters in their public layout: flat in .safetensors, nested in .bin, numbered over all attentions."""
 
 import os
 import re
