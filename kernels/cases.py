@@ -62,6 +62,18 @@ SDXL = [
     Case("sd15-256", "Stable Diffusion 1.5, 160 channels a head", 2, 8, 256, 160),
 ]  # fmt: skip
 
+_ONE = (0, 0, 0, 0)
+
+CPU = [
+    Case("cpu-style", "StyleAligned, 4 images, no guidance", 4, 10, 1024, 64, sees="shared", refs=_ONE, adain=True),
+    Case("cpu-style-pair", "StyleAligned, 2 images", 2, 10, 1024, 64, sees="shared", refs=(0, 0), adain=True),
+    Case(
+        "cpu-style-shift", "transfer from a photo: shift ln 2",
+        4, 10, 1024, 64, sees="shared", refs=_ONE, adain=True, shift=0.6931,
+    ),
+    Case("cpu-kept", "ConsiStory: all see all, p 0.25", 4, 10, 1024, 64, sees="kept", kept=(256, 256, 256, 256)),
+]  # fmt: skip
+
 EDGES = [
     Case("own", "no source at all", 2, 2, 128, 64),
     Case("style", "the method: two references, AdaIN", 4, 1, 128, 64, sees="shared", refs=_PAIR, adain=True),
