@@ -1,19 +1,162 @@
-"""The cases of an instantstyle folder that need an image prompt."""
+"""The cases of an instantstyle folder that need an image prompt: tokens, UNet, subtraction, and whole runs."""
 
-from .golden_latent import kind_of, whole_entry
-from .golden_reader import Case, Folder
-from .golden_sampling import alone
+from functools import cache, partial
+from typing import Any
 
-KINDS = ("image_tokens", "unet_ip", "subtraction", "sample", "inpaint", "controlnet")
+import torch
+from diaphane.methods.instant_style import ImagePrompt, Pictures, image_prompt, instant_style, subtracted
+from diaphane.methods.prompt import encode
+from diaphane.methods.scales import scales
+from diaphane.model.image_prompt import IPAdapter
+from diaphane.model.latent import build
+from diaphane.model.ops import TORCH, Ops
+from diaphane.weights import ip_adapter
+from torch import Tensor
+
+from .golden_latent import TINY, kind_of, parts, whole_entry, within
+from .golden_reader import Case, Entry, Folder
+from .golden_sampling import alone, runs
+
+INPUTS = ("latents", "encoder_hidden_states", "text_embeds", "time_ids")
+# the files in ip_adapter that a UNet case's json does not name
+LINEAR, LINEAR_H, PLUS = (f"ip-adapter{name}.safetensors" for name in ("_sdxl", "_sdxl_vit-h", "-plus_sdxl_vit-h"))
 
 
 def cases(folder: Folder) -> list[Case]:
-    """One case a file, skipped."""
+    """One case a file."""
     found = []
     for path in sorted(folder.path.glob("*.safetensors")):
         kind, stem = kind_of(path.stem), path.stem
-        if kind in KINDS[:3] or (kind in KINDS and not alone(folder, stem)):
-            claims, said = frozenset(folder.tensors(stem)), whole_entry(folder, stem)
-            why = "needs the IP-Adapter"
-            found.append(Case(f"{stem}-image", lambda case: None, folder, stem, claims, said, skip=why))
+        stored, said = frozenset(folder.tensors(stem)), whole_entry(folder, stem)
+        if kind == "image_tokens":
+            found.append(Case(f"{stem}-image", tokens, folder, stem, stored, said))
+        elif kind == "unet_ip":
+            mine = frozenset(name for name in stored if name != "eps_no_ip" and not name.startswith("dbg_"))
+            found.append(Case(f"{stem}-image", forwards, folder, stem, mine, said))
+        elif kind == "subtraction":
+            unets = [p.stem for p in sorted(folder.path.glob("*.safetensors")) if kind_of(p.stem) == "unet_ip"]
+            letters = {stem.split("_")[0].lstrip("0123456789"): stem for stem in reversed(unets)}
+            beside = letters.get(stem.split("_")[0].lstrip("0123456789"), unets[0] if unets else "")
+            skip = "" if beside else "it has the inputs of a unet_ip file, which is not in this folder"
+            run = partial(subtraction, beside=beside)
+            found.append(Case(f"{stem}-image", run, folder, stem, stored, said, skip=skip))
+        elif kind in ("sample", "inpaint", "controlnet") and not alone(folder, stem):
+            found += runs(folder, stem, spoken)
     return found
+
+
+@cache
+def adapter(file: str) -> IPAdapter:
+    """One of the tiny model's adapters, in float32."""
+    found = ip_adapter.load(TINY / "ip_adapter" / file)
+    return build(found.family, found.config, found.tensors, dtype=torch.float32)
+
+
+def plain(value: Any) -> Any:
+    """An entry as the object it is, all of it read."""
+    if isinstance(value, Entry):
+        return {key: plain(value[key]) for key in value.value}
+    return [plain(v) for v in value] if isinstance(value, list) else value
+
+
+def tokens(case: Case):
+    said, bound = case.settings["settings"], case.settings["tolerance"]["atol"]
+    for name, prefix in (("linear", ""), ("vit_h_linear", "vit_h_")):
+        net = adapter(said[name])
+        within(case, f"{name}_tokens", net(case.input(f"{prefix}image_embeds")), bound)
+        within(case, f"{name}_uncond_tokens", net(torch.zeros(1, net.cfg.reads)), bound)
+    plus = adapter(said["plus"])
+    assert (plus.cfg.heads, plus.cfg.head_dim) == (said["plus_heads"], said["plus_dim_head"])
+    assert (plus.cfg.layers, plus.cfg.tokens) == (said["plus_depth"], said["plus_queries"])
+    within(case, "plus_tokens", plus(case.input("vit_h_penultimate")), bound)
+    within(case, "plus_uncond_tokens", plus(case.input("vit_h_zero_penultimate")), bound)
+
+
+def seen(net: IPAdapter, embeds: Tensor, n: int = 1, guided: bool = True) -> Pictures:
+    """Embeddings or states (2R, images, ...), those of no picture first, or unguided (R, images, ...) of pictures."""
+    made = net(embeds.flatten(0, 1)).unflatten(0, embeds.shape[:2])
+    half = len(made) // 2 if guided else 0
+    return Pictures(made[half:], made[:half] if half else made).repeated(n // (len(made) - half))
+
+
+def prompted(net: IPAdapter, embeds: Tensor, scale: Any, n: int = 1, guided: bool = True, **more: Any) -> ImagePrompt:
+    cfg = parts().unet.cfg
+    return image_prompt(net, cfg, seen(net, embeds, n, guided), scales(cfg, scale), **more)
+
+
+def pixels(masks: Tensor) -> Tensor:
+    """Masks stored at the size of latents, as large as the pictures."""
+    return masks.float().repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
+
+
+def forwards(case: Case):
+    said, bound = case.settings["settings"], case.settings["tolerance"]["atol"]
+    x, context, pooled, ids = (case.input(name) for name in INPUTS)
+    assert said["time_ids"] == ids[0].tolist()
+    n, unet = len(x) // 2, parts().unet
+    c = unet.embed(torch.full((len(x),), said["t"]), context, pooled, ids)
+    plain(said["image_rows"])  # for people: which picture of the vision file each embedding is of
+    one, s2, style = said["scale"], said["s2"], plain(said["style_scale"])
+    layout, custom = plain(said["layout_scale"]), plain(said["custom_scale"])
+    two, each = plain(said["two_adapters_scale"]), plain(said["masked_scales"])
+    linear, linear_h, plus = (adapter(file) for file in (LINEAR, LINEAR_H, PLUS))
+
+    def check(name: str, *prompts: ImagePrompt):
+        within(case, name, unet(x, c, instant_style(TORCH, prompts)), bound)
+
+    embeds, states = case.input("image_embeds"), case.input("vit_h_penultimate")
+    check("eps_all_1", prompted(linear, embeds, one, n))
+    check("eps_all_s", prompted(linear, embeds, s2, n))
+    check("eps_style", prompted(linear, embeds, style, n))
+    check("eps_layout", prompted(linear, embeds, layout, n))
+    check("eps_style_layout", prompted(linear, embeds, style | layout, n))
+    check("eps_custom", prompted(linear, embeds, custom, n))
+    many = case.input("multi_image_embeds")
+    check("eps_multi_style", prompted(linear, many, style, n))
+    check("eps_vit_h_style", prompted(linear_h, case.input("vit_h_image_embeds"), style, n))
+    check("eps_plus_all", prompted(plus, states, one, n))
+    check("eps_plus_style", prompted(plus, states, style, n))
+    check("eps_two_adapters", prompted(linear, embeds, two[0], n), prompted(plus, states, two[1], n))
+    masks = pixels(case.input("masks"))
+    here = {"masks": masks, "size": (x.shape[2], x.shape[3])}
+    check("eps_masked", prompted(linear, many[:, : masks.shape[1]], dict.fromkeys(["all"], each), n, **here))
+    made = seen(linear, embeds, n)
+    within(case, "attn2_ip_tokens", torch.cat([made.nothing, made.tokens])[:, 0], bound)
+    attn = unet.dec[1][1].blocks[0].cross_attn  # type: ignore[index,union-attr]
+    ops = instant_style(TORCH, [prompted(linear, embeds, s2, n)])
+    within(case, "attn2_out", attn(case.input("attn2_in"), context, ops), bound)
+
+
+def subtraction(case: Case, beside: str):
+    said, bound = case.settings["settings"], case.settings["tolerance"]["atol"]
+    linear, unet = adapter(LINEAR), parts().unet
+    text = encode(parts(), said["content"]).pooled
+    assert text is not None
+    within(case, "content_pooled", text, bound)
+    less = subtracted(linear, case.input("image_embeds"), [(text, said["content_scale"])])
+    within(case, "subtracted", less, bound)
+    within(case, "tokens", linear(less), bound)
+    within(case, "uncond_tokens", linear(torch.zeros_like(less[:1])), bound)
+    x, context, pooled, ids = (case.folder.floats(beside, name) for name in INPUTS)
+    c = unet.embed(torch.full((len(x),), said["t"]), context, pooled, ids)
+    embeds = torch.stack([torch.zeros_like(less), less])
+    for name, scale in (("style", plain(said["style_scale"])), ("all", said.get("scale", 1.0))):
+        ops = instant_style(TORCH, [prompted(linear, embeds, scale, len(x) // 2)])
+        within(case, f"eps_{name}_subtracted", unet(x, c, ops), bound)
+
+
+def spoken(case: Case, n: int) -> Ops:
+    """What the UNet speaks in a run: every adapter that the settings name, with its pictures and scales."""
+    said = case.settings["settings"]
+    files, scale = plain(said["adapter"]), plain(said["ip_adapter_scale"])
+    several = isinstance(files, list)
+    said.get("content"), said.get("content_scale")  # the stored embeddings are the subtracted ones
+    prompts, guided = [], said["guidance_scale"] != 1
+    for i, file in enumerate(files if several else [files]):
+        mine, more = scale[i] if several and isinstance(scale, list) else scale, {}
+        if masks := next((name for name in (f"masks_{i}", "masks") if case.has(name)), ""):
+            latents = (said["height"] // 8, said["width"] // 8)
+            more = {"masks": pixels(case.input(masks)), "size": latents}
+            mine = {"all": mine} if isinstance(mine, list) else mine
+        prompts.append(prompted(adapter(file), case.input(f"image_embeds_{i}"), mine, n, guided, **more))
+    return instant_style(TORCH, prompts)
