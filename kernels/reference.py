@@ -107,7 +107,7 @@ def masked_maps(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, scale: float | 
 
 
 def match(src: Tensor, tgt: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For every row of tgt, of each source the row inside its mask that has the largest cosine with it, and that cosine.
+    """For every row of tgt, of each source the row inside its mask with which its cosine is largest, and that cosine.
 
     src (S, M, C), tgt (B, N, C), mask bool (S, M) -> index int64 (B, S, N), similarity float32 or float64 (B, S, N).
     Of equal rows the first is taken.  A row of zeros has a cosine of 0; an empty mask gives index 0 and -1.
