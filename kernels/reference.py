@@ -117,7 +117,7 @@ def match(src: Tensor, tgt: Tensor, mask: Tensor | None = None) -> tuple[Tensor,
     cosine = torch.einsum("smc,bnc->bsnm", src, tgt)
     if mask is not None:
         cosine = torch.where(mask[:, None], cosine, -1.0)
-    similarity, index = cosine.max(-1)
+    similarity, index = cosine.clamp(min=-1).max(-1)
     return index, similarity
 
 
