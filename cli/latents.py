@@ -92,8 +92,7 @@ def loaded(args: argparse.Namespace) -> Loaded:
         raise CommandError(f"{args.model} came without a vocabulary: give --tokenizer, a folder with vocab.json and "
                            "merges.txt, or openai/clip-vit-large-patch14")  # fmt: skip
     at = torch.device("cpu") if args.low_vram else device
-    vae = torch.float32 if dtype == torch.float16 and whole.says.upcast_vae else dtype
-    parts = components(whole.parts, whole.words, dtype=dtype, vae_dtype=vae, device=at)
+    parts = components(whole.parts, whole.words, dtype=dtype, device=at)
     paths, lines = {part: net.paths for part, net in whole.parts.items()}, []
     paths |= {f"tokeniser of {text}": (words.vocabulary, words.merges) for text, words in whole.words.items()}
     for text in args.lora or ():

@@ -23,7 +23,7 @@ from ..model.components import Components
 from ..model.ops import TORCH, Ops
 from ..model.tiling import tiled_decode
 from ..model.unet import UNet
-from ..model.vae import VAE, NonFiniteError, decode_checked
+from ..model.vae import VAE
 from ..samplers.ddim import Step
 from ..samplers.guidance import Interval, guided
 from ..samplers.noise import Noise
@@ -158,14 +158,15 @@ def repainted(
 def pictures(vae: VAE, latents: Tensor, *, tile: int | None = None, ops: Ops = TORCH) -> Tensor:
     """Latents (B, 4, H, W) -> pictures (B, 3, 8H, 8W) in [-1, 1], float32, one after the other.
 
-    `tile` is the side of tiles, in latents, for pictures too large to be decoded whole.  Raises NonFiniteError where
-    the autoencoder overflows its type.
+    `tile` is the side of tiles, in latents, for pictures too large to be decoded whole.  Where float16 is too narrow
+    for the autoencoder it is float32 meanwhile (`VAE.wide_enough`).  Raises NonFiniteError for what is not finite even
+    so, naming where.
     """
-    z = (latents / vae.cfg.scaling).to(next(vae.parameters()))
-    if tile is None:
-        decoded = torch.cat([decode_checked(vae, one, ops) for one in z.split(1)]).float()
-    else:
-        decoded = torch.cat([tiled_decode(vae, one, tile=tile, ops=ops) for one in z.split(1)]).float()
-    if not bool(torch.isfinite(decoded).all()):
-        raise NonFiniteError(f"tiles overflow {str(z.dtype).removeprefix('torch.')}: decode in bfloat16 or float32")
-    return decoded.clamp(-1, 1)
+
+    def run() -> Tensor:
+        rows = vae.unscaled(latents).split(1)
+        if tile is None:
+            return torch.cat([vae.decode(z, ops, checked=True).float() for z in rows])
+        return torch.cat([tiled_decode(vae, z, tile=tile, ops=ops, checked=True).float() for z in rows])
+
+    return vae.wide_enough(run).clamp(-1, 1)

@@ -9,13 +9,16 @@ from .ops import TORCH, Ops
 from .vae import VAE, Moments
 
 
-def tiled_decode(vae: VAE, z: Tensor, *, tile: int = 128, overlap: float = 0.25, ops: Ops = TORCH) -> Tensor:
+def tiled_decode(
+    vae: VAE, z: Tensor, *, tile: int = 128, overlap: float = 0.25, ops: Ops = TORCH, checked: bool = False
+) -> Tensor:
     """`vae.decode(z)` by tiles of `tile`² latents that share `overlap` of a side.  (B, 4, H, W) -> (B, 3, 8H, 8W).
 
     Tiles differ where the decoder looks far (its norms and its attention), so the result is near `decode`, not equal;
-    a z of one tile is decoded whole.  A ValueError is raised for tiles whose overlap is not whole.
+    a z of one tile is decoded whole.  A ValueError is raised for tiles whose overlap is not whole; `checked` is as in
+    `decode`.
     """
-    return tiles(lambda part: vae.decode(part, ops), z, tile, tile * vae.multiple, overlap)
+    return tiles(lambda part: vae.decode(part, ops, checked=checked), z, tile, tile * vae.multiple, overlap)
 
 
 def tiled_encode(vae: VAE, x: Tensor, *, tile: int = 1024, overlap: float = 0.25, ops: Ops = TORCH) -> Moments:

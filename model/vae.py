@@ -1,7 +1,9 @@
 """Stable Diffusion's autoencoder (Rombach et al. 2022): pictures to latents an eighth as large, and back."""
 
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,9 @@ from torch import Tensor, nn
 
 from .blocks import Norm, double
 from .ops import TORCH, Ops, Site
+from .swap import swapped
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +24,16 @@ class VAEConfig:
     blocks: int = 2  # residual blocks per level (decoder: one more)
     groups: int = 32
     scaling: float = 0.13025  # latents are this times what the encoder gives
+    upcast: bool = True  # activations overflow float16 (diffusers' force_upcast): float32 is used in its place
 
 
 SDXL_VAE = VAEConfig()  # 83,653,863 parameters
-SD_VAE = replace(SDXL_VAE, scaling=0.18215)  # Stable Diffusion 1 and 2
+SDXL_VAE_FP16_FIX = replace(SDXL_VAE, upcast=False)  # the same latents, smaller activations
+SD_VAE = replace(SDXL_VAE, scaling=0.18215, upcast=False)  # Stable Diffusion 1 and 2
 
 
 class NonFiniteError(ValueError):
-    """A place where NaN or infinity came up first."""
+    """The place where NaN or infinity came up first: a module of the autoencoder, or what went in."""
 
 
 class Moments(NamedTuple):
@@ -158,59 +165,95 @@ class VAE(nn.Module):
             ch = cout
         self.dec.append(Stage([Out(ch, cfg.in_channels, cfg, f"dec.{last + 3}")]))
 
-    def encode(self, x: Tensor, ops: Ops = TORCH) -> Moments:
+    def encode(self, x: Tensor, ops: Ops = TORCH, *, checked: bool = False) -> Moments:
         """Pictures (B, 3, H, W) in [-1, 1] -> mean and log variance (B, 4, H / 8, W / 8), before scaling.
 
-        A ValueError is raised where x has other channels, or H or W is no multiple of 8.
+        A ValueError is raised where x has other channels, or H or W is no multiple of 8, and, if `checked`, a
+        NonFiniteError that names the first module whose output has NaN or infinity in it.
         """
         m = self.multiple
-        if x.ndim != 4 or x.shape[1] != self.cfg.in_channels or x.shape[2] % m or x.shape[3] % m:
+        if x.ndim != 4 or x.shape[1] != self.cfg.in_channels or x.shape[2] % m or x.shape[3] % m or 0 in x.shape[2:]:
             want = f"(B, {self.cfg.in_channels}, H, W) with H and W multiples of {m}"
             raise ValueError(f"the autoencoder takes pictures {want}; got {tuple(x.shape)}")
-        for stage in self.enc:
-            x = stage(x, ops)
+        x = through(named("enc", self.enc), x, ops, "the picture" if checked else None)
         mean, logvar = self.quant(x).chunk(2, dim=1)
         return Moments(mean, logvar.clamp(-30, 20))
 
-    def decode(self, z: Tensor, ops: Ops = TORCH) -> Tensor:
+    def decode(self, z: Tensor, ops: Ops = TORCH, *, checked: bool = False) -> Tensor:
         """Latents over `scaling` (B, 4, H, W) -> pictures (B, 3, 8H, 8W) about [-1, 1], not clamped.
 
-        A ValueError is raised where z has other channels.
+        A ValueError is raised where z has other channels, and, if `checked`, a NonFiniteError as in `encode`.
         """
-        if z.ndim != 4 or z.shape[1] != self.cfg.latent_channels:
+        if z.ndim != 4 or z.shape[1] != self.cfg.latent_channels or 0 in z.shape[2:]:
             raise ValueError(f"latents are (B, {self.cfg.latent_channels}, H, W); got {tuple(z.shape)}")
-        z = self.post_quant(z)
-        for stage in self.dec:
-            z = stage(z, ops)
-        return z
+        if checked:
+            finite("the latents", z)
+        return through(named("dec", self.dec), self.post_quant(z), ops, "post_quant" if checked else None)
 
     def latents(self, x: Tensor, noise: Tensor | None = None, ops: Ops = TORCH) -> Tensor:
-        """Pictures in [-1, 1] -> scaled latents, as a UNet takes them: the mean, or a sample where noise is given."""
-        moments = self.encode(x, ops)
-        return self.cfg.scaling * (moments.mean if noise is None else moments.sample(noise))
+        """Pictures in [-1, 1] -> scaled latents, as a UNet takes them: the mean, or a sample where noise is given.
+
+        They are in x's type, computed as `wide_enough` says.
+        """
+
+        def run() -> Tensor:
+            moments = self.encode(x.to(next(self.parameters())), ops, checked=True)
+            return self.cfg.scaling * (moments.mean if noise is None else moments.sample(noise.to(moments.mean)))
+
+        return self.wide_enough(run).to(x.dtype)
 
     def pictures(self, latents: Tensor, ops: Ops = TORCH) -> Tensor:
-        """Scaled latents -> pictures about [-1, 1], not clamped."""
-        return self.decode(latents / self.cfg.scaling, ops)
+        """Scaled latents -> pictures about [-1, 1], not clamped, in the latents' type, as `wide_enough` says."""
+
+        def run() -> Tensor:
+            return self.decode(self.unscaled(latents), ops, checked=True)
+
+        return self.wide_enough(run).to(latents.dtype)
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> what `decode` takes, in the parameters' type and place."""
+        p = next(self.parameters())
+        return (latents.to(p.device, torch.promote_types(latents.dtype, p.dtype)) / self.cfg.scaling).to(p)
+
+    def wide_enough(self, run: Callable[[], T]) -> T:
+        """`run()`, in float32 instead of float16 where that is too narrow for the activations.
+
+        It is where the configuration says so (`upcast`); else float16 is tried, and where `run` raises NonFiniteError a
+        warning names the place and float32 is taken.  In any other type `run` is called as it is.  The parameters
+        are float32 copies meanwhile, which take 4 bytes each.
+        """
+        if next(self.parameters()).dtype != torch.float16:
+            return run()
+        if not self.cfg.upcast:
+            try:
+                return run()
+            except NonFiniteError as e:
+                warnings.warn(f"{e}; float32 is taken", stacklevel=3)
+        with swapped(Tensor.float, self):
+            return run()
 
 
-def decode_checked(vae: VAE, z: Tensor, ops: Ops = TORCH) -> Tensor:
-    """`vae.decode(z)` stage by stage.  Raises NonFiniteError that names the first stage with NaN or infinity in it.
+def named(list_: str, stages: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a list's stages under their names: "dec.3.1"."""
+    for i, stage in enumerate(stages):
+        for j, module in enumerate(stage):  # type: ignore[arg-type]
+            yield f"{list_}.{i}.{j}", module
 
-    The published SDXL weights overflow float16 in the decoder; bfloat16 and float32 hold them, and so does float16
-    with weights made for it (sdxl-vae-fp16-fix).
-    """
-    x = z
-    for name, module in (
-        ("z", None),
-        ("post_quant", vae.post_quant),
-        *((f"dec.{i}", s) for i, s in enumerate(vae.dec)),
-    ):
-        x = x if module is None else module(x, ops) if isinstance(module, Stage) else module(x)
-        if not bool(torch.isfinite(x).all()):
-            bad, kind = int((~torch.isfinite(x)).sum()), str(x.dtype).removeprefix("torch.")
-            cure = (
-                "compute it in bfloat16 or float32" if x.dtype == torch.float16 else "its input or weights are at fault"
-            )
-            raise NonFiniteError(f"{bad} of {x.numel()} values of {name} are not finite in {kind}: {cure}")
+
+def through(modules: Iterator[tuple[str, nn.Module]], x: Tensor, ops: Ops, name: str | None) -> Tensor:
+    """x through modules, one after the other; if it has a name, whatever comes out is searched for NaN and infinity."""
+    if name is not None:
+        finite(name, x)
+    for at, module in modules:
+        x = module(x, ops)
+        if name is not None:
+            finite(at, x)
     return x
+
+
+def finite(name: str, x: Tensor) -> None:
+    """Raises NonFiniteError that names x, if NaN or infinity is in it."""
+    if not bool((good := torch.isfinite(x)).all()):
+        bad, kind = x.numel() - int(good.sum()), str(x.dtype).removeprefix("torch.")
+        cure = "compute it in bfloat16 or float32" if x.dtype == torch.float16 else "its input or weights are at fault"
+        raise NonFiniteError(f"{bad} of {x.numel()} values of {name} are not finite in {kind}: {cure}")

@@ -74,6 +74,33 @@ def test_networks_are_made_of_the_very_tensors_in_the_file_in_the_type_that_it_h
     assert next(mixed.vae.parameters()).dtype == torch.float32
 
 
+def test_an_autoencoder_that_overflows_float16_is_float32_beside_float16_networks(tmp_path: Path):
+    def kinds(found: pipeline.Pipeline, dtype: torch.dtype, **more: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
+        made = components(found.parts, dtype=dtype, **more)  # type: ignore[arg-type]
+        return next(made.unet.parameters()).dtype, next(made.vae.parameters()).dtype
+
+    half, wide, brain = torch.float16, torch.float32, torch.bfloat16
+    whole, one = pipeline.load(twins.TINY), pipeline.load(SINGLE, given=GIVEN)
+    assert [found.parts["vae"].config["upcast"] for found in (whole, one)] == [True, True]
+    assert [kinds(found, half) for found in (whole, one)] == [(half, wide)] * 2
+    assert kinds(whole, brain) == (brain, brain)
+    assert kinds(whole, half, vae_dtype=half) == (half, half)
+    shutil.copytree(twins.TINY / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    for said, want in ((False, False), (True, True), (None, True)):
+        config = {name: value for name, value in config.items() if name != "force_upcast"}
+        config |= {} if said is None else {"force_upcast": said}
+        (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+        fixed = pipeline.load(twins.TINY, replaced={"vae": tmp_path / "vae"})
+        assert fixed.parts["vae"].config["upcast"] is want
+        assert kinds(fixed, half) == (half, wide if want else half)
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.18215}))
+    assert not pipeline.load(twins.TINY, replaced={"vae": tmp_path / "vae"}).parts["vae"].config["upcast"]
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": "no"}))
+    with pytest.raises(WeightsError, match="upcast = 'no'"):
+        pipeline.load(twins.TINY, replaced={"vae": tmp_path / "vae"})
+
+
 def test_a_tokeniser_says_the_same_from_a_folder_and_beside_a_single_file():
     for found in (pipeline.load(twins.TINY), pipeline.load(SINGLE, given=GIVEN, tokenizer=twins.TINY / "tokenizer")):
         first, second = components(found.parts, found.words).tokenizers

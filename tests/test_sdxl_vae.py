@@ -1,9 +1,13 @@
 """The autoencoder: diffusers' numbers, the reference data, tiles, layouts, and where NaN came up."""
 
+import copy
 import math
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
+from diaphane.methods.text_to_image import pictures
 from diaphane.model import vae
 from diaphane.model.ops import TORCH, Ops, Site
 from diaphane.model.tiling import tiled_decode, tiled_encode, tiles
@@ -172,16 +176,75 @@ def test_every_verb_is_spoken_at_a_site_of_its_own(tiny: vae.VAE):
     assert [s.stage for s in sites if s.kind == "self"] == ["enc.5", "enc.5", "dec.1", "dec.1"]
 
 
-def test_an_overflow_is_an_error_that_names_its_stage_and_the_cure():
+def narrow(*, upcast: bool, spoilt: bool = True) -> vae.VAE:
+    """A float16 autoencoder, one activation of each half of which overflows if it is spoilt."""
     torch.manual_seed(1)
-    net = vae.VAE(CONFIGS["two levels"]).half().eval().requires_grad_(False)
-    z = torch.randn(1, 3, 2, 2).half()
-    assert torch.equal(vae.decode_checked(net, z), net.decode(z))
-    net.dec[2][0].conv2.weight.mul_(1e6)  # type: ignore[index]
-    with pytest.raises(vae.NonFiniteError, match=r"values of dec\.2 are not finite in float16: compute it in bfloat16"):
-        vae.decode_checked(net, z)
-    with pytest.raises(vae.NonFiniteError, match="of z are not finite in float32"):
-        vae.decode_checked(net.float(), torch.full((1, 3, 2, 2), math.nan))
+    net = vae.VAE(replace(CONFIGS["two levels"], upcast=upcast)).half().eval().requires_grad_(False)
+    if spoilt:
+        names = ("dec.2.0.conv2", "dec.2.1.conv2", "enc.1.0.conv2", "enc.1.1.conv")
+        blocks = [net.get_submodule(name) for name in names]
+        for conv in blocks:
+            conv.bias[0] = 6e4  # type: ignore[index]
+        blocks[3].weight[0, 0, 1, 1] = 1.0  # type: ignore[index]
+    return net
+
+
+X, Z = torch.linspace(-1, 1, 48).view(1, 3, 4, 4).half(), torch.linspace(-2, 2, 12).view(1, 3, 2, 2).half()
+
+
+def test_nan_and_infinity_are_errors_that_name_the_first_module_with_them_and_the_cure():
+    net = narrow(upcast=True, spoilt=False)
+    assert torch.equal(net.decode(Z, checked=True), net.decode(Z))
+    assert torch.equal(net.encode(X, checked=True).logvar, net.encode(X).logvar)
+    net.dec[2][1].conv2.weight.mul_(1e6)  # type: ignore[index]
+    net.enc[1][0].conv1.bias[0] = math.nan  # type: ignore[index]
+    for call, name in (
+        (lambda: net.decode(Z, checked=True), r"dec\.2\.1"),
+        (lambda: net.encode(X, checked=True), r"enc\.1\.0"),
+        (lambda: tiled_decode(net, Z.repeat(1, 1, 4, 4), tile=4, checked=True), r"dec\.2\.1"),
+    ):
+        with pytest.raises(vae.NonFiniteError, match=rf"values of {name} are not finite in float16: compute it in bf"):
+            call()
+    assert not torch.isfinite(net.decode(Z)).all()
+    with pytest.raises(vae.NonFiniteError, match="of the latents are not finite in float32: its input or weights"):
+        net.float().decode(torch.full((1, 3, 2, 2), math.nan), checked=True)
+
+
+def test_an_autoencoder_that_overflows_float16_is_float32_while_it_works_and_itself_afterwards():
+    net = narrow(upcast=True)
+    wide, before = copy.deepcopy(net).float(), list(net.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = net.pictures(Z), net.latents(X), net.latents(X.float(), X[..., :2, :2]), pictures(net, Z)
+        tiled = pictures(net, Z.repeat(1, 1, 4, 4), tile=4)
+    assert [y.dtype for y in found] == [torch.float16, torch.float16, torch.float32, torch.float32]
+    assert torch.equal(found[0], wide.pictures(Z.float()).half())
+    assert torch.equal(found[1], wide.latents(X.float()).half())
+    assert torch.equal(found[2], wide.latents(X.float(), X[..., :2, :2].float()))
+    assert torch.equal(found[3], wide.pictures(Z.float()).clamp(-1, 1))
+    assert torch.isfinite(tiled).all()
+    assert all(p is q for p, q in zip(net.parameters(), before, strict=True))
+    with pytest.raises(vae.NonFiniteError):
+        net.pictures(Z * torch.inf)
+    assert all(p is q for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_where_nothing_says_that_float16_overflows_a_warning_does_and_names_the_place():
+    net = narrow(upcast=False)
+    wide = copy.deepcopy(net).float()
+    for run, want, name in (
+        (lambda: net.pictures(Z), wide.pictures(Z.float()).half(), r"dec\.2\.1"),
+        (lambda: net.latents(X), wide.latents(X.float()).half(), r"enc\.1\.1"),
+        (lambda: pictures(net, Z), wide.pictures(Z.float()).clamp(-1, 1), r"dec\.2\.1"),
+    ):
+        with pytest.warns(UserWarning, match=rf"of {name} are not finite in float16.*; float32 is taken"):
+            got = run()
+        assert torch.equal(got, want)
+    net = narrow(upcast=False, spoilt=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(net.pictures(Z), net.decode(Z / net.cfg.scaling))
+        assert torch.equal(net.bfloat16().pictures(Z.bfloat16()), net.decode(Z.bfloat16() / net.cfg.scaling))
 
 
 def test_pictures_and_latents_of_the_wrong_shape_are_errors_that_say_the_right_one(tiny: vae.VAE):

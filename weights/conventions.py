@@ -26,7 +26,6 @@ class Conventions:
     zero_negative: bool = False  # no negative prompt: zeros, not the encoded ""
     aesthetic: bool = False  # the refiner's ids end in a score
     side: int = 512  # of pictures in training, in pixels
-    upcast_vae: bool = True  # the autoencoder overflows float16
 
     def checked(self, where: str) -> "Conventions":
         """Itself.  Raises ConfigError where the prediction is not known or not one."""
@@ -37,10 +36,8 @@ class Conventions:
         return self
 
 
-def of_scheduler(
-    scheduler: Mapping[str, Any], index: Mapping[str, Any], unet: Mapping[str, Any], vae: Mapping[str, Any]
-) -> Conventions:
-    """From a scheduler_config.json, model_index.json and the configurations of UNet and autoencoder.
+def of_scheduler(scheduler: Mapping[str, Any], index: Mapping[str, Any], unet: Mapping[str, Any]) -> Conventions:
+    """From a scheduler_config.json, model_index.json and the configuration of the UNet.
 
     Raises ConfigError for what is not done here.
     """
@@ -66,7 +63,6 @@ def of_scheduler(
             zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
             aesthetic=bool(index.get("requires_aesthetics_score", False)),
             side=8 * int(max(size) if isinstance(size, list) else size),
-            upcast_vae=bool(vae.get("force_upcast", True)),
         )
     except (TypeError, ValueError) as e:
         raise e if isinstance(e, ConfigError) else ConfigError(f"scheduler_config.json is malformed: {e}") from e

@@ -7,7 +7,8 @@ The conventions, in one place, for what neither the caller nor a config.json giv
 - micro-conditioning: sinusoids of 256; five numbers where the pooled text is then as wide as a token (the refiner,
   which reads one text encoder), else six.
 - CLIP's activation by its width and kind; its texts end at the largest id.
-- the autoencoder's scaling has no convention: single files imply it, others need a config.json or scaling=.
+- the autoencoder's scaling has no convention: single files imply it, others need a config.json or scaling=.  One
+  scaled by 0.13025 (SDXL's) overflows float16, others do not.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ UNET = ("head_dim", "heads", "groups", "pooled_dim", "ids", "id_dim")
 FREE = {
     "unet": UNET,
     "controlnet": UNET,
-    "vae": ("scaling", "groups"),
+    "vae": ("scaling", "upcast", "groups"),
     "clip_text": ("heads", "act", "eos"),
     "clip_vision": ("heads", "act"),
 }
@@ -146,7 +147,8 @@ def check(said: Mapping[str, Any], where: str) -> None:
     for name, value in said.items():
         number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
         whole = number and isinstance(value, int) and 0 < value <= 1 << 20
-        good = {"scaling": number and value > 0, "act": value in ("gelu", "quick_gelu"), "eos": whole or value == 0}
+        good = {"scaling": number and value > 0, "act": value in ("gelu", "quick_gelu"), "eos": whole or value == 0,
+                "upcast": isinstance(value, bool)}  # fmt: skip
         if value is not None and not good.get(name, whole if name in UNET or name == "heads" else True):
             raise ConfigError(f"{where} says {name} = {value!r}, which is no such number or choice")
 
@@ -192,6 +194,7 @@ def read_vae(config: Mapping[str, Any], plan: Any) -> dict[str, Any]:
         "blocks": config.get("layers_per_block", 1),
         "groups": config.get("norm_num_groups", 32),
         "scaling": config.get("scaling_factor", 0.18215),
+        "upcast": config.get("force_upcast"),
     }
 
 
@@ -234,7 +237,7 @@ def complete_vae(free: Mapping[str, Any], plan: Any) -> dict[str, Any]:
         raise ConfigError(
             "the tensors do not say the latents' scaling: give scaling=0.13025 (SDXL) or 0.18215 (SD 1, 2)"
         )
-    out = {"groups": 32, **free}
+    out = {"groups": 32, "upcast": free["scaling"] == 0.13025, **free}
     divides(out["groups"], {f"norm.{ch}.weight": (ch,) for ch in plan.channels}, "give groups=")
     return out
 

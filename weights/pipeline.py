@@ -136,7 +136,7 @@ def in_folder(
     scheduler = folder.json("scheduler/scheduler_config.json")
     config = folder.json("unet/config.json") or {}
     try:
-        return parts, of_scheduler(scheduler or {}, index, config, folder.json("vae/config.json") or {})
+        return parts, of_scheduler(scheduler or {}, index, config)
     except WeightsError as e:
         raise located(e, folder.name) from e
 
