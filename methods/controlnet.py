@@ -11,7 +11,7 @@ from ..model.ops import TORCH, Ops
 from ..model.unet import UNet
 from ..samplers.parameterisation import Denoise
 from .prompt import Prompt, conditioning
-from .taps import Embed
+from .taps import Embed, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +41,6 @@ class Control:
         if isinstance(self.scale, Tensor):
             return found.scaled(rows(self.scale.view(-1, 1, 1, 1), len(x)).to(found.h))
         return found.scaled(self.scale)
-
-
-def rows(v: Tensor, n: int) -> Tensor:
-    """v (B, ...) over and over, n rows in all: the halves of a doubled batch are alike."""
-    if n % len(v):
-        raise ValueError(f"what is given for {len(v)} pictures does not go into a batch of {n}")
-    return v if len(v) == n else v.repeat(n // len(v), *[1] * (v.ndim - 1))
 
 
 def between(path: Sequence[float], start: float = 0.0, end: float = 1.0) -> tuple[float, float]:
