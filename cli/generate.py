@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..methods import text_to_image as t2i
 from . import images, latents, options
-from .draw import check, draw, prepared, strength
+from .draw import Around, alone, check, draw, prepared, strength
 from .errors import CommandError
 from .images import to_picture
 from .redo import record_of
@@ -32,7 +32,7 @@ words of other programs, as `parameters`.
 EXAMPLES = """\
 examples:
   diaphane generate "a lighthouse at dusk, oil painting" --model stabilityai/stable-diffusion-xl-base-1.0 --variant fp16
-  diaphane generate "a lighthouse" --model sd_xl_base_1.0.safetensors --tokenizer openai/clip-vit-large-patch14 --n 4
+  diaphane generate "a lighthouse" --model sd_xl_base_1.0.safetensors --n 4
   diaphane generate "in winter" --model FOLDER --init photo.png --strength 0.6 --lora style.safetensors:0.8
   diaphane generate --prompts lines.txt --model FOLDER --out out/series --resume
 """
@@ -40,7 +40,11 @@ examples:
 
 def parser() -> options.Parser:
     """The command's options."""
-    p = options.Parser("generate", description=ABOUT, epilog=EXAMPLES)
+    return arguments(options.Parser("generate", description=ABOUT, epilog=EXAMPLES), "generate")
+
+
+def arguments(p: options.Parser, command: str) -> options.Parser:
+    """The options of every command that draws from text."""
     p.add_argument("prompt", nargs="?", help="what to draw")
     p.add_argument(
         "--prompts", metavar="FILE", help="one prompt a line, in place of the prompt; empty lines are left out"
@@ -74,8 +78,8 @@ def parser() -> options.Parser:
     run.add_argument("--batch", type=options.whole(1, 1024), default=1, help="pictures at a time (default: 1)")
     run.add_argument("--low-vram", action="store_true", help="each part is on the device while it works only")
     out = p.add_argument_group("output")
-    out.add_argument("--out", default="out/generate", help="folder for what is made; a numbered one beside it if it is "
-                     "not empty (default: out/generate)")  # fmt: skip
+    out.add_argument("--out", default=f"out/{command}", help="folder for what is made; a numbered one beside it if it "
+                     f"is not empty (default: out/{command})")  # fmt: skip
     out.add_argument("--resume", action="store_true", help="go on in the folder: pictures there are not made again")
     out.add_argument("--overwrite", action="store_true", help="write into the folder even if it is not empty")
     out.add_argument("--quiet", action="store_true", help="no progress bars, no lines about files")
@@ -133,8 +137,8 @@ def parameters(args: argparse.Namespace, net: latents.Loaded, text: str, seed: i
     return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in told.items())])
 
 
-def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
-    """The pictures, then a sheet of all of them."""
+def make(args: argparse.Namespace, session: Session, around: Around = alone) -> Iterator[Made]:
+    """The pictures, then a sheet of all of them; `around` is what a method makes of each batch."""
     net: Any = session.net
     check(args, net)
     texts, whole = prompts(args, session), sizes(args, net)
@@ -150,7 +154,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
         if all(kept.values()):
             drawn += kept.values()
             continue
-        x = draw(args, session, net, [jobs[i][1] for i in rows], rows, whole, scene)
+        x = draw(args, session, net, [jobs[i][1] for i in rows], rows, whole, scene, around)
         for i, row in zip(rows, x, strict=True):
             name, text = jobs[i]
             drawn.append(kept[i] or to_picture(row))

@@ -50,8 +50,8 @@ def options(p: argparse.ArgumentParser) -> None:
                      "repository on the Hub")  # fmt: skip
     net.add_argument("--file", help="the single file in a folder or repository")
     net.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
-    net.add_argument("--tokenizer", help="a folder or repository with CLIP's vocab.json and merges.txt, for single "
-                     "files, which hold none (openai/clip-vit-large-patch14 has them)")  # fmt: skip
+    net.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt (default: the model's "
+                     "own; for single files, which hold none, CLIP's, which ships with the package)")  # fmt: skip
     net.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
     net.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, folders or repositories, and how "
                      "much of each (default: 1)")  # fmt: skip
@@ -89,12 +89,15 @@ def loaded(args: argparse.Namespace) -> Loaded:
     if args.threads:
         torch.set_num_threads(args.threads)
     if not whole.words:
-        raise CommandError(f"{args.model} came without a vocabulary: give --tokenizer, a folder with vocab.json and "
-                           "merges.txt, or openai/clip-vit-large-patch14")  # fmt: skip
+        rows = whole.parts[whole.texts[-1]].config["vocabulary"]
+        raise CommandError(f"{args.model} came without a vocabulary, and its text tower has {rows} tokens, not the "
+                           "49408 of CLIP: give --tokenizer, a folder with vocab.json and merges.txt")  # fmt: skip
     at = torch.device("cpu") if args.low_vram else device
-    parts = components(whole.parts, whole.words, dtype=dtype, device=at)
+    vae = torch.float32 if dtype == torch.float16 and whole.says.upcast_vae else dtype
+    parts = components(whole.parts, whole.words, dtype=dtype, vae_dtype=vae, device=at)
     paths, lines = {part: net.paths for part, net in whole.parts.items()}, []
-    paths |= {f"tokeniser of {text}": (words.vocabulary, words.merges) for text, words in whole.words.items()}
+    for text, words in whole.words.items():
+        paths[f"tokeniser of {text}"] = tuple(path for path in (words.vocabulary, words.merges) if path)
     for text in args.lora or ():
         source, weight = weighted(text)
         lora = weights_lora.load(source, whole.parts)

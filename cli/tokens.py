@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..model.tokenizer import Tokenizer
 from ..weights import hub
-from ..weights.words import TOKENIZERS, Folder, Words, words_in
+from ..weights.words import TOKENIZERS, Folder, Words, own_words, words_in
 from . import options
 from .errors import CommandError, line
 
@@ -12,12 +12,13 @@ ABOUT = """\
 Show how CLIP's byte-pair encoding cuts a prompt into tokens, one line a tower: pieces (the last of a word ends
 in </w>), their ids, and how many of the 75 places are taken.  What comes after them is cut off; it is shown
 behind a bar.  SDXL's second tokeniser takes "!" for padding, as transformers does; --literal takes it for text, as
-open_clip does and as the tower was trained.
+open_clip does and as the tower was trained.  Without --tokenizer it is CLIP's own, which ships with the package.
 """
 EXAMPLES = """\
 examples:
-  diaphane tokens "a cat!" --tokenizer stabilityai/stable-diffusion-xl-base-1.0
-  diaphane tokens "an armchair in the shape of an avocado" --tokenizer openai/clip-vit-large-patch14 --ids
+  diaphane tokens "a cat!"
+  diaphane tokens "an armchair in the shape of an avocado" --ids
+  diaphane tokens "a cat" --tokenizer stabilityai/stable-diffusion-xl-base-1.0
 """
 
 
@@ -25,15 +26,21 @@ def parser() -> options.Parser:
     """The command's options."""
     p = options.Parser("tokens", description=ABOUT, epilog=EXAMPLES)
     p.add_argument("prompt", help="any text")
-    p.add_argument("--tokenizer", required=True, help="a folder or repository with vocab.json and merges.txt, in it or "
-                   "in tokenizer/ and tokenizer_2/ as models have them")  # fmt: skip
+    p.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt, in it or in tokenizer/ "
+                   "and tokenizer_2/ as models have them (default: CLIP's own)")  # fmt: skip
     p.add_argument("--ids", action="store_true", help="ids too")
     p.add_argument("--literal", action="store_true", help='"!" is text like any other')
     return p
 
 
-def tokenisers(source: str) -> dict[str, Words]:
-    """The tokenisers of a folder or repository by name.  Raises CommandError where there are none."""
+def tokenisers(source: str | None) -> dict[str, Words]:
+    """The tokenisers of a folder or repository by name; CLIP's, as SDXL has it twice, without one.
+
+    Raises CommandError where there are none.
+    """
+    if source is None:
+        own = own_words({"text_encoder": True, "text_encoder_2": False})
+        return {TOKENIZERS[text]: words for text, words in own.items()}
     folder = Folder(source)
     if not folder.local and not hub.is_repo(source):
         raise CommandError(f"there is no folder {source}: it should have vocab.json and merges.txt")

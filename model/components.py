@@ -1,7 +1,7 @@
 """The parts of a latent diffusion model in hand, and where they are between uses."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from .clip import TextTower
 from .latent import build
-from .swap import swapped
 from .tokenizer import Tokenizer
 from .unet import UNet
-from .vae import VAE, VAEConfig
+from .vae import VAE
 
 TEXTS = ("text_encoder", "text_encoder_2")
 
@@ -53,7 +52,7 @@ class Components:
 
 def components(
     parts: Mapping[str, Part],
-    words: Mapping[str, tuple[str | PathLike[str], str | PathLike[str], str]] | None = None,
+    words: Mapping[str, tuple[str | PathLike[str] | None, str | PathLike[str], str]] | None = None,
     *,
     dtype: torch.dtype | None = None,
     vae_dtype: torch.dtype | None = None,
@@ -64,17 +63,14 @@ def components(
 
     `words` gives each text encoder's vocabulary (None: what the merges give), merges and padding token; `cut_pad` is
     as in `Tokenizer`.  Without `dtype` each part computes in the type that it was stored in, and nothing is copied.
-    `vae_dtype` is the autoencoder's own; without it one that overflows float16 (`VAEConfig.upcast`) is made float32
-    beside float16 parts.
+    `vae_dtype` is the autoencoder's own, for example float32 beside a float16 UNet, whose range is too small.
     Raises ValueError as `model.load.build` does, and for a tokeniser of more or fewer tokens than its tower has.
     """
     texts = [name for name in TEXTS if name in parts]
     networks = {}
     for name in ("unet", "vae", *texts):
-        part, kind = parts[name], dtype
-        if name == "vae":
-            narrow = dtype == torch.float16 and part.config.get("upcast", VAEConfig.upcast)
-            kind = vae_dtype or (torch.float32 if narrow else dtype)
+        kind = (vae_dtype or dtype) if name == "vae" else dtype
+        part = parts[name]
         try:
             networks[name] = build(part.family, part.config, part.tensors, dtype=kind, device=device)
         except ValueError as e:
@@ -83,12 +79,28 @@ def components(
     tokenizers = []
     for name in texts if all(text in words for text in texts) else ():
         vocabulary, merges, pad = words[name]
-        length = networks[name].cfg.positions
-        tokenizers.append(Tokenizer(vocabulary, merges, pad=pad, cut_pad=cut_pad, length=length))
+        cfg = networks[name].cfg
+        tokenizers.append(Tokenizer(vocabulary, merges, pad=pad, cut_pad=cut_pad, length=cfg.positions))
+        if (size := tokenizers[-1].size) != cfg.vocabulary:
+            raise ValueError(f"{name} has {cfg.vocabulary} tokens, its tokeniser {vocabulary or merges} has {size}: "
+                             "they are of different models")  # fmt: skip
     towers = tuple(networks[name] for name in texts)
     return Components(networks["unet"], networks["vae"], towers, tuple(tokenizers), tuple(texts))
 
 
-def placed(device: torch.device | str, *networks: nn.Module) -> AbstractContextManager[None]:
-    """Networks on another device meanwhile, and afterwards around the very tensors that they were made of."""
-    return swapped(lambda tensor: tensor.to(device), *networks)
+@contextmanager
+def placed(device: torch.device | str, *networks: nn.Module) -> Iterator[None]:
+    """Networks on another device meanwhile, and afterwards around the very tensors that they were made of.
+
+    Their parameters are copied there, not moved: coming back costs nothing, and what a file maps stays mapped.
+    """
+    modules = [module for network in networks for module in network.modules()]
+    held = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
+    try:
+        for module, name, p in held:
+            if p.device != torch.device(device):
+                module._parameters[name] = nn.Parameter(p.to(device), requires_grad=p.requires_grad)
+        yield
+    finally:
+        for module, name, p in held:
+            module._parameters[name] = p

@@ -18,12 +18,12 @@ class Tokenizer:
     `pad` is the token that fills up: the end (Stable Diffusion 1, the first encoder of SDXL) or "!" (the second, and
     Stable Diffusion 2).  With `cut_pad` a pad token inside a text is taken out as such before anything else, so that
     every literal "!" is the pad id, which is what transformers does; without, "!" is text like any other, which is
-    what the encoders were trained on (open_clip).
+    what the encoders were trained on (open_clip).  Without a file of a vocabulary it is the one that the merges give.
     """
 
     def __init__(
         self,
-        vocabulary: str | os.PathLike[str],
+        vocabulary: str | os.PathLike[str] | None,
         merges: str | os.PathLike[str],
         *,
         pad: str = END,
@@ -34,14 +34,15 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
         from tokenizers.models import BPE
 
-        words = read_vocabulary(Path(vocabulary))
+        pairs = read_merges(Path(merges))
+        words = vocabulary_of(pairs) if vocabulary is None else read_vocabulary(Path(vocabulary))
         for token in (START, END, pad):
             if token not in words:
-                raise ValueError(f"{vocabulary} has no {token}: it is no vocabulary of CLIP's")
+                raise ValueError(f"{vocabulary or merges} has no {token}: it is no vocabulary of CLIP's")
         try:
-            model = BPE(words, read_merges(Path(merges)), end_of_word_suffix="</w>", unk_token=END)
+            model = BPE(words, pairs, end_of_word_suffix="</w>", unk_token=END)
         except Exception as e:  # the backend raises nothing narrower
-            raise ValueError(f"{merges} does not fit {vocabulary}: {e}") from e
+            raise ValueError(f"{merges} does not fit {vocabulary or 'itself'}: {e}") from e
         backend = Backend(model)
         backend.normalizer = normalizers.Sequence(  # type: ignore[assignment]
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -55,7 +56,7 @@ class Tokenizer:
         raw = {pad} if cut_pad else set()  # found before the text is normalised, the others after
         special = [AddedToken(token, special=True, normalized=token not in raw) for token in sorted({START, END} | raw)]
         backend.add_special_tokens(special)
-        self.backend, self.length = backend, length
+        self.backend, self.length, self.size = backend, length, max(words.values()) + 1
         self.start, self.end, self.pad = (words[token] for token in (START, END, pad))
 
     def ids(self, text: str) -> list[int]:
@@ -77,6 +78,19 @@ class Tokenizer:
         rows = [self.ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
         rows = [row if len(row) <= self.length else [*row[: self.length - 1], self.end] for row in rows]
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows]).view(-1, self.length)
+
+
+def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The tokens that merges give, numbered as CLIP's are (Radford et al. 2021).
+
+    First the 256 bytes, those that are printed as themselves before those that stand for spaces and controls; the same
+    256 at the end of a word; what each pair makes, in order; the start and the end of a text.  So 48,894 merges give
+    the 49,408 tokens of CLIP.
+    """
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [*map(chr, printed), *(chr(256 + i) for i in range(256 - len(printed)))]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]
+    return {token: i for i, token in enumerate(tokens)}
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:

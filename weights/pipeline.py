@@ -13,7 +13,7 @@ from .files import Opened, check_floating, opened, read_json, sharded
 from .latent_settings import settings
 from .layout import foreign, state
 from .load import SUFFIXES, Network
-from .words import TOKENIZERS, Folder, Words, words_from, words_in
+from .words import ROWS, TOKENIZERS, Folder, Words, own_words, words_from, words_in
 
 Source = str | os.PathLike[str]
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -25,7 +25,7 @@ class Pipeline:
     """Parts under the names of diffusers' folders, a tokeniser for each text encoder that has one, and conventions."""
 
     parts: dict[str, Network]  # unet, vae, and text_encoder, text_encoder_2 or both
-    words: dict[str, Words]  # by text encoder; empty where a single file came without
+    words: dict[str, Words]  # by text encoder; empty where a tower is not of CLIP's vocabulary and none came along
     says: Conventions = field(default_factory=Conventions)
 
     @property
@@ -49,7 +49,8 @@ def load(
 
     `source` is a single file, a folder with model_index.json, or a repository of either kind (`file` names the single
     file in it).  `variant` is the "fp16" of file names such as model.fp16.safetensors.  `tokenizer` is a folder or a
-    repository with vocab.json and merges.txt, in it or in its tokenizer/; single files hold none.  `replaced` takes
+    repository with vocab.json and merges.txt, in it or in its tokenizer/; without one, and for single files, which
+    hold none, towers of 49,408 tokens get CLIP's own, which ships with the package.  `replaced` takes
     parts from elsewhere ({"vae": path}), `given` settings that tensors cannot say ({"unet": {"head_dim": 64}}), and
     `prediction` is eps or v where no file says which.  Raises a WeightsError of one line, among others for parts that
     do not belong together.
@@ -69,9 +70,13 @@ def load(
     for part, elsewhere in (replaced or {}).items():
         parts[part] = alone(part, elsewhere, variant, given.get(part, {}))
     consistent(parts)
+    towers = {name: parts[name].config for name in PARTS[2:] if name in parts}
+    quick = {name: cfg["act"] == "quick_gelu" for name, cfg in towers.items()}
     if tokenizer is not None:
-        quick = {name: parts[name].config["act"] == "quick_gelu" for name in PARTS[2:] if name in parts}
         words = words_from(tokenizer, quick)
+    else:
+        clip = {name: quick[name] for name, cfg in towers.items() if name not in words and cfg["vocabulary"] == ROWS}
+        words |= own_words(clip)
     if prediction is not None:
         says = replace(says, prediction=prediction)
     return Pipeline(parts, words, says.checked(str(path or name)))

@@ -12,6 +12,8 @@ from .files import read_json
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 END = "<|endoftext|>"
+MERGES = Path(__file__).parent / "embedded" / "clip" / "merges.txt"  # of CLIP, published by OpenAI
+ROWS = 49_408  # of a text tower that was trained on them
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class Folder:
 
 
 class Words(NamedTuple):
-    """The files of a tokeniser, and the token that fills up."""
+    """The files of a tokeniser, and the token that fills up.  Without a vocabulary it is what the merges give."""
 
-    vocabulary: Path
+    vocabulary: Path | None
     merges: Path
     pad: str
 
@@ -59,6 +61,11 @@ def words_in(folder: Folder, at: str, pad: str | None = None) -> Words | None:
         if isinstance(found, str):
             return Words(vocabulary, merges, found)
     return Words(vocabulary, merges, pad or END)
+
+
+def own_words(quick: Mapping[str, bool]) -> dict[str, Words]:
+    """CLIP's tokeniser, which ships with the package, for each text encoder, filled up as `words_from` says."""
+    return {text: Words(None, MERGES, END if old else "!") for text, old in quick.items()}
 
 
 def words_from(source: str | os.PathLike[str], quick: Mapping[str, bool]) -> dict[str, Words]:
