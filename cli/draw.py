@@ -9,6 +9,7 @@ from torch import Tensor
 from ..methods import text_to_image as t2i
 from ..methods.controlnet import Control
 from ..methods.prompt import Prompt, encode, score_ids, size_ids
+from ..model.ops import TORCH, Ops
 from ..samplers import path as paths
 from ..samplers.ddim import ddim
 from ..samplers.ddpm import ddpm
@@ -17,10 +18,18 @@ from ..samplers.euler import euler, euler_ancestral
 from ..samplers.heun import heun
 from ..samplers.inversion import last
 from ..samplers.noise import Noise, seeded
-from ..samplers.parameterisation import noised
+from ..samplers.parameterisation import Denoise, noised
 from . import images, latents
 from .errors import CommandError
 from .session import Session
+
+# what a method makes of a batch: of a denoiser that speaks given verbs, the timesteps that run, and which pictures
+Around = Callable[[Callable[[Ops], Denoise], list[float], range], Denoise]
+
+
+def alone(speaking: Callable[[Ops], Denoise], path: list[float], rows: range) -> Denoise:
+    """No method: the denoiser with torch's verbs."""
+    return speaking(TORCH)
 
 
 def inpaints(net: latents.Loaded) -> bool:
@@ -104,8 +113,25 @@ def draw(
     rows: range,
     size: tuple[int, int],
     scene: dict[str, Tensor],
+    around: Around = alone,
 ) -> Tensor:
     """One batch of pictures, (B, 3, H, W) in [-1, 1]."""
+    x = walked(args, session, net, texts, rows, size, scene, around)
+    with net.on(net.parts.vae):
+        return t2i.pictures(net.parts.vae, x)
+
+
+def walked(
+    args: argparse.Namespace,
+    session: Session,
+    net: latents.Loaded,
+    texts: Sequence[str],
+    rows: range,
+    size: tuple[int, int],
+    scene: dict[str, Tensor],
+    around: Around = alone,
+) -> Tensor:
+    """The latents (B, 4, H / 8, W / 8) of one batch of pictures."""
     parts, n = net.parts, len(texts)
     positive, negative = said(args, net, texts)
     noise = seeded([args.seed + i for i in rows])
@@ -121,19 +147,21 @@ def draw(
         ids = score_ids if net.says.aesthetic else size_ids
         sizes = ids(size, n) if parts.xl else None
         other = score_ids(size, n, score=2.5) if parts.xl and net.says.aesthetic else None
-        denoise = t2i.denoiser(
-            parts.unet, positive, negative, schedule=net.schedule, ids=sizes, negative_ids=other,
-            prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
-            guidance=args.guidance, rescale=args.rescale, controls=controls,
-            canvas=scene["canvas"] if inpaints(net) else None,
-        )  # fmt: skip
+
+        def speaking(ops: Ops) -> Denoise:
+            return t2i.denoiser(
+                parts.unet, positive, negative, schedule=net.schedule, ids=sizes, negative_ids=other,
+                prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
+                guidance=args.guidance, rescale=args.rescale, controls=controls, ops=ops,
+                canvas=scene["canvas"] if inpaints(net) else None,
+            )  # fmt: skip
+
+        denoise = around(speaking, path, rows)
         if args.mask and not inpaints(net):
             steps = t2i.repainted(walk, denoise, x, net.schedule, path, scene["x0"].expand_as(z), z, scene["mask"])
         else:
             steps = walk(denoise, x, net.schedule, path)
-        x = last(session.progress(steps, len(path) - 1, f"picture {rows[0] + 1} ... {rows[-1] + 1}")).x
-    with net.on(parts.vae):
-        return t2i.pictures(parts.vae, x)
+        return last(session.progress(steps, len(path) - 1, f"picture {rows[0] + 1} ... {rows[-1] + 1}")).x
 
 
 def said(args: argparse.Namespace, net: latents.Loaded, texts: Sequence[str]) -> tuple[Prompt, Prompt]:

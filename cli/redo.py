@@ -81,7 +81,7 @@ def inputs_of(record: Mapping[str, Any]) -> dict[str, bytes]:
 
 def again(record: Mapping[str, Any], *, model: str | None = None, quiet: bool = False) -> Made:
     """The picture of a record, made again.  Raises CommandError if weights or inputs are not what they were."""
-    command = import_module(f".{record['command']}", __package__)
+    command = import_module(f".{record['command'].replace('-', '_')}", __package__)
     settings = {**record["settings"], "device": record["device"], "threads": record["threads"]}
     if model:
         settings["model"] = model
