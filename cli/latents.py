@@ -93,8 +93,7 @@ def loaded(args: argparse.Namespace) -> Loaded:
         raise CommandError(f"{args.model} came without a vocabulary, and its text tower has {rows} tokens, not the "
                            "49408 of CLIP: give --tokenizer, a folder with vocab.json and merges.txt")  # fmt: skip
     at = torch.device("cpu") if args.low_vram else device
-    vae = torch.float32 if dtype == torch.float16 and whole.says.upcast_vae else dtype
-    parts = components(whole.parts, whole.words, dtype=dtype, vae_dtype=vae, device=at)
+    parts = components(whole.parts, whole.words, dtype=dtype, device=at)
     paths, lines = {part: net.paths for part, net in whole.parts.items()}, []
     for text, words in whole.words.items():
         paths[f"tokeniser of {text}"] = tuple(path for path in (words.vocabulary, words.merges) if path)

@@ -1,7 +1,7 @@
 """The parts of a latent diffusion model in hand, and where they are between uses."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from .clip import TextTower
 from .latent import build
+from .swap import swapped
 from .tokenizer import Tokenizer
 from .unet import UNet
-from .vae import VAE
+from .vae import VAE, VAEConfig
 
 TEXTS = ("text_encoder", "text_encoder_2")
 
@@ -63,14 +64,17 @@ def components(
 
     `words` gives each text encoder's vocabulary (None: what the merges give), merges and padding token; `cut_pad` is
     as in `Tokenizer`.  Without `dtype` each part computes in the type that it was stored in, and nothing is copied.
-    `vae_dtype` is the autoencoder's own, for example float32 beside a float16 UNet, whose range is too small.
+    `vae_dtype` is the autoencoder's own; without it one that overflows float16 (`VAEConfig.upcast`) is made float32
+    beside float16 parts.
     Raises ValueError as `model.load.build` does, and for a tokeniser of more or fewer tokens than its tower has.
     """
     texts = [name for name in TEXTS if name in parts]
     networks = {}
     for name in ("unet", "vae", *texts):
-        kind = (vae_dtype or dtype) if name == "vae" else dtype
-        part = parts[name]
+        part, kind = parts[name], dtype
+        if name == "vae":
+            narrow = dtype == torch.float16 and part.config.get("upcast", VAEConfig.upcast)
+            kind = vae_dtype or (torch.float32 if narrow else dtype)
         try:
             networks[name] = build(part.family, part.config, part.tensors, dtype=kind, device=device)
         except ValueError as e:
@@ -88,19 +92,6 @@ def components(
     return Components(networks["unet"], networks["vae"], towers, tuple(tokenizers), tuple(texts))
 
 
-@contextmanager
-def placed(device: torch.device | str, *networks: nn.Module) -> Iterator[None]:
-    """Networks on another device meanwhile, and afterwards around the very tensors that they were made of.
-
-    Their parameters are copied there, not moved: coming back costs nothing, and what a file maps stays mapped.
-    """
-    modules = [module for network in networks for module in network.modules()]
-    held = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
-    try:
-        for module, name, p in held:
-            if p.device != torch.device(device):
-                module._parameters[name] = nn.Parameter(p.to(device), requires_grad=p.requires_grad)
-        yield
-    finally:
-        for module, name, p in held:
-            module._parameters[name] = p
+def placed(device: torch.device | str, *networks: nn.Module) -> AbstractContextManager[None]:
+    """Networks on another device meanwhile, and afterwards around the very tensors that they were made of."""
+    return swapped(lambda tensor: tensor.to(device), *networks)
