@@ -28,7 +28,9 @@ class Site(NamedTuple):
 def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, seen: Seen | None = None) -> Tensor:
     """Scaled dot-product attention, also to what is `seen` besides the own keys, k and v.
 
-    (B, H, N, D), 2 x (B, H, M, D) -> (B, H, N, D).  A ValueError is raised for a bias together with `seen`.
+    (B, H, N, D), 2 x (B, H, M, D) -> (B, H, N, D).  Logits are in float32 or wider whatever the inputs are, here as in
+    what replaces this verb: those of Stable Diffusion 2 overflow float16.  A ValueError is raised for a bias together
+    with `seen`.
     """
     if seen is None:
         return reference.attention(q, k, v, bias)
@@ -39,11 +41,14 @@ def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
 def softmax_attend(
     site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, seen: Seen | None = None
 ) -> Tensor:
-    """`attend` written out in products and a softmax."""
+    """`attend` written out in products and a softmax, in float32 or wider."""
+    kind, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if seen is None:
-        return reference.softmax_attention(q, k, v, bias)
+        return reference.softmax_attention(q, k, v, bias).to(kind)
     unbiased(site, bias)
-    return reference.source_attention(q, k, v, seen.sources, seen.pool, seen.ref)[0]
+    pool = None if seen.pool is None else (seen.pool[0].to(wide), seen.pool[1].to(wide))
+    return reference.source_attention(q, k, v, seen.sources, pool, seen.ref)[0].to(kind)
 
 
 def triton_attend(

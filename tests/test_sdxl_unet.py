@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from diaphane.kernels.reference import source_attention
+from diaphane.kernels.sources import Seen, shared
 from diaphane.model import unet
 from diaphane.model.blocks import Cond
-from diaphane.model.ops import JVP, TORCH, Ops, Site
+from diaphane.model.ops import JVP, TORCH, Ops, Site, triton
 from diaphane.weights import unet as table
 from safetensors.torch import load_file
 from torch import Tensor
@@ -255,6 +257,42 @@ def test_a_level_of_n_pixels_halves_to_the_next_integer_and_comes_back_to_n(size
 def test_a_configuration_that_does_not_add_up_is_an_error(wrong: dict[str, Any], what: str):
     with pytest.raises(ValueError, match=what):
         unet.UNet(replace(twins.XL, **wrong))
+
+
+@pytest.mark.parametrize("ops", [TORCH, JVP, triton()], ids=["torch", "softmax", "triton"])
+def test_logits_that_float16_cannot_hold_are_no_harm_to_any_attention(ops: Ops):
+    site, gen = Site("mid", 0, "self"), torch.Generator().manual_seed(2)
+    q, k, v = (torch.randn(2, 2, 24, 16, generator=gen).half() for _ in range(3))
+    q, k = 300 * q, 300 * k
+    true = (q.double() @ k.double().mT / 4).clone()
+    assert true.abs().amax() > 3 * 65504
+    weights = true.softmax(-1)
+    assert (ops.attend(site, q, k, v).double() - weights @ v.double()).abs().amax() < 2e-3
+    bias = torch.where(torch.arange(24) % 3 == 0, -torch.inf, 0.0).half()
+    want = (true + bias).softmax(-1) @ v.double()
+    assert (ops.attend(site, q, k, v, bias.expand(24, 24)).double() - want).abs().amax() < 2e-3
+    seen = Seen(shared([0, 0], 24))
+    want = source_attention(q.double(), k.double(), v.double(), seen.sources)[0]
+    assert (ops.attend(site, q, k, v, None, seen).double() - want).abs().amax() < 2e-3
+
+
+@pytest.mark.parametrize("ops", [TORCH, JVP], ids=["torch", "softmax"])
+def test_stable_diffusion_2_whose_logits_overflow_float16_is_finite_in_it(ops: Ops):
+    net, (x, t, cond) = random_net(twins.SD2), inputs(twins.SD2)
+    for module in net.modules():
+        if isinstance(module, unet.Attention):
+            module.q.weight.mul_(500)
+            module.k.weight.mul_(500)
+    most = []
+
+    def attend(site: Site, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        most.append(float((q.double() @ k.double().mT).abs().amax()))
+        return ops.attend(site, q, k, v, *rest)
+
+    net = net.half()
+    c = net.embed(t, cond["context"].half())
+    assert torch.isfinite(net(x.half(), c, Ops(attend=attend))).all()
+    assert max(most) > 65504
 
 
 def test_h_has_derivatives_forward_and_backward():
