@@ -172,7 +172,7 @@ def principal(mean: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def colours(mean: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The three largest principal components of a map (N, S), each over its range, as a picture (3, h, w) in 0 ... 1."""
+    """The three largest principal components of a map (N, S), each over its range: a picture (3, h, w) in 0 ... 1."""
     left = principal(mean)[0]
     low, high = left.amin(0), left.amax(0)
     return ((left - low) / (high - low).clamp(min=torch.finfo(left.dtype).tiny)).T.unflatten(1, shape)

@@ -132,7 +132,7 @@ def multidiffusion(
 
 
 def overlaps(views: Sequence[View], height: int, width: int) -> Tensor:
-    """How many windows cover each latent, (height, width).  ValueError: one that sticks out, latents that none covers."""
+    """How many windows cover each latent, (height, width).  ValueError: one sticks out, or none covers one."""
     count = torch.zeros(height, width)
     for view in views:
         if view.bottom > height or view.right - view.left > width:

@@ -155,11 +155,8 @@ def style_aligned(
             raise SourcesError(f"two methods pool the norms at {site} with different images: give both the same ones")
         return ops.group_norm(site, x, weight, bias, groups, eps, silu, mine)
 
-    if sharing.attends:
-        ops = replace(ops, attend=attend) if not sharing.norms else replace(ops, attend=attend, group_norm=group_norm)
-    elif sharing.norms:
-        ops = replace(ops, group_norm=group_norm)
-    return ops
+    verbs = {"attend": attend} if sharing.attends else {}
+    return replace(ops, **(verbs | {"group_norm": group_norm} if sharing.norms else verbs))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import golden_consistory, golden_hspace, golden_instantstyle
+from . import golden_consistory, golden_hspace, golden_instantstyle, golden_stylealigned
 from .golden_reader import Case, Folder
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -18,6 +18,7 @@ METHODS = {
     "consistory": golden_consistory.cases,
     "hspace": golden_hspace.cases,
     "instantstyle": golden_instantstyle.cases,
+    "stylealigned": golden_stylealigned.cases,
 }
 
 
