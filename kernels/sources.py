@@ -65,7 +65,7 @@ class Sources:
         gains = self.gains.tolist()
         rows = [Source(p, a, z, *g) for (_, p, a, z), g in zip(self.segments.tolist(), gains, strict=True)]
         edges = self.offsets.tolist()
-        return [rows[a:z] for a, z in pairwise(edges)]
+        return [[row for row in rows[a:z] if row.stop > row.start] for a, z in pairwise(edges)]
 
 
 class Seen(NamedTuple):
@@ -146,32 +146,61 @@ def everyone(groups: Sequence[Sequence[int]], tokens: int, device: torch.device 
 
 
 def compacted(
-    counts: Sequence[int], sees: Sequence[Sequence[bool]], halves: int = 1, device: torch.device | str = "cpu"
+    counts: Sequence[int] | Tensor,
+    sees: Sequence[Sequence[bool]],
+    halves: int = 1,
+    device: torch.device | str = "cpu",
+    apart: bool = False,
+    rows: int = 0,
 ) -> Sources:
     """Image i sees the kept tokens of every image j with sees[i][j] (ConsiStory, Tewel et al. 2024, section 3.1).
 
     The pool is (halves, H, sum(counts), D): the kept tokens of image 0, then of image 1, ... for each half of the batch
     (guidance makes two).  `sees` has a row per image of a half, and a column per image of the pool: an image is never
-    its own source.
+    its own source, unless the images of the pool are `apart`, and none of the batch.
+
+    Counts that are a tensor of integers (B,) stay on its device and nobody waits for them: the tables are made there,
+    of a size that `sees` alone decides, for a pool of at least `rows` rows.
     """
+    images = len(counts)
+    runs: list[list[list[int]]] = []  # of each image, which images of the pool follow each other: first, and past last
+    for i, row in enumerate(sees):
+        if len(row) != images:
+            raise SourcesError(f"sees[{i}] has one entry per image of the pool, {images}; got {len(row)}")
+        runs.append([])
+        for j in (j for j, seen in enumerate(row) if seen and (apart or j != i)):
+            if runs[-1] and runs[-1][-1][1] == j:
+                runs[-1][-1][1] = j + 1
+            else:
+                runs[-1].append([j, j + 1])
+    if isinstance(counts, Tensor):
+        return _tables(counts, runs, halves, rows)
     edges = [0]
     for count in counts:
         edges.append(edges[-1] + count)
-    seen: list[list[Source]] = []
-    for half in range(halves):
-        for i, row in enumerate(sees):
-            if len(row) != len(counts):
-                raise SourcesError(f"sees[{i}] has one entry per image of the pool, {len(counts)}; got {len(row)}")
-            ranges: list[list[int]] = []
-            for j, seen_j in enumerate(row):
-                if not seen_j or j == i:
-                    continue
-                if ranges and ranges[-1][1] == edges[j]:
-                    ranges[-1][1] = edges[j + 1]
-                else:
-                    ranges.append([edges[j], edges[j + 1]])
-            seen.append([Source(half, a, z) for a, z in ranges])
+    seen = [[Source(half, edges[a], edges[z]) for a, z in row] for half in range(halves) for row in runs]
     return Sources.of(seen, device=device)
+
+
+def _tables(counts: Tensor, runs: list[list[list[int]]], halves: int, rows: int) -> Sources:
+    """Runs of images as ranges of rows, computed where the counts are; some may be empty."""
+    if counts.ndim != 1 or counts.dtype.is_floating_point or counts.dtype == torch.bool:
+        raise SourcesError(f"counts are integers (B,); got {counts.dtype} {tuple(counts.shape)}")
+    device = counts.device
+    edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    listed = [(half * len(runs) + i, half, *run) for half in range(halves) for i, row in enumerate(runs) for run in row]
+    offsets = [0]
+    for row in runs * halves:
+        offsets.append(offsets[-1] + len(row))
+    images, half, first, past = torch.tensor(listed, dtype=torch.int32).reshape(-1, 4).to(device).unbind(1)
+    return Sources(
+        torch.tensor(offsets, dtype=torch.int32).to(device),
+        torch.stack([images, half, edges[first.long()], edges[past.long()]], 1),
+        torch.tensor([[1.0, 0.0]], device=device).repeat(len(listed), 1),
+        len(runs) * halves,
+        halves if listed else 0,
+        rows if listed else 0,
+    )
 
 
 def _in_batch(ref: Sequence[int], images: int) -> None:
