@@ -24,6 +24,7 @@ class Cast(ThreeLists):
     def __init__(self, unet: ThreeLists):
         super().__init__()
         self.unet, self.cfg, self.dtype = unet, unet.cfg, next(unet.parameters()).dtype
+        self.in_channels, self.multiple = unet.in_channels, unet.multiple
 
     def embed(self, t: Tensor, label: Tensor | None = None) -> Cond:
         return self.unet.embed(t) if label is None else self.unet.embed(t, label)  # type: ignore[call-arg]

@@ -38,22 +38,24 @@ class Guided(ThreeLists):
         rescale: float = 0.0,
         canvas: Tensor | None = None,
     ):
-        """Prompts and ids have B rows; without `negative`, or at guidance 1, h has B rows and nothing is guided."""
+        """Prompts and ids have B rows, or one for all; without `negative`, or at guidance 1, h has B rows too."""
         super().__init__()
         self.unet, self.in_channels, self.multiple = unet, unet.cfg.out_channels, unet.multiple
         self.schedule, self.canvas = schedule, canvas
         self.prediction: Prediction = prediction
         self.guidance, self.rescale = guidance, rescale
         self.guiding = negative is not None and not bool((torch.as_tensor(guidance) == 1).all())
+        self.says = [(positive, ids)]
         if negative is not None and self.guiding:
-            both = None if ids is None else torch.cat([ids if negative_ids is None else negative_ids, ids])
-            self.conditioned = conditioning(unet, beside(negative, positive), both)
-        else:
-            self.conditioned = conditioning(unet, positive, ids)
+            self.says.insert(0, (negative, ids if negative_ids is None else negative_ids))
 
     def embed(self, t: Tensor) -> Cond:
         """Timesteps (B,) -> the conditioning of 2B rows."""
-        return self.conditioned(paired(t, t) if self.guiding else t)
+        n = len(t)
+        prompt = beside(*(said.over(n) for said, _ in self.says))
+        sizes = [rows(ids, n) for _, ids in self.says if ids is not None]
+        both = torch.cat([t] * len(self.says))
+        return conditioning(self.unet, prompt, torch.cat(sizes) if sizes else None)(both)
 
     def encode(self, x: Tensor, c: Cond, ops: Ops = TORCH) -> tuple[Tensor, list[Tensor]]:
         x = x.to(next(self.unet.parameters()).dtype)

@@ -10,7 +10,7 @@ from ..model.blocks import Cond
 from ..model.components import Components
 from ..model.ops import TORCH, Ops
 from ..model.unet import Conditioned
-from .taps import Embed
+from .taps import Embed, rows
 
 
 class Prompt(NamedTuple):
@@ -23,6 +23,10 @@ class Prompt(NamedTuple):
         """Each row n times in a row: n pictures a text."""
         pooled = None if self.pooled is None else self.pooled.repeat_interleave(n, dim=0)
         return Prompt(self.context.repeat_interleave(n, dim=0), pooled)
+
+    def over(self, n: int) -> "Prompt":
+        """The rows over and over, n in all: one prompt for n pictures."""
+        return Prompt(rows(self.context, n), None if self.pooled is None else rows(self.pooled, n))
 
     def zeros(self) -> "Prompt":
         """Nothing said: zeros, as SDXL was trained to take for no text at all; not what "" is encoded to."""
@@ -46,11 +50,11 @@ def encode(
     """
     if not parts.tokenizers:
         raise ValueError("the model came without a vocabulary: load it with tokenizer= a folder with vocab.json")
-    rows = [[texts] if isinstance(texts, str) else list(texts)]
-    rows.append(rows[0] if second is None else [second] if isinstance(second, str) else list(second))
-    if len(rows[0]) != len(rows[1]):
-        raise ValueError(f"{len(rows[0])} texts for the first tower, {len(rows[1])} for the second: give as many")
-    ids = [tokens(row) for tokens, row in zip(parts.tokenizers, rows, strict=False)]
+    said = [[texts] if isinstance(texts, str) else list(texts)]
+    said.append(said[0] if second is None else [second] if isinstance(second, str) else list(second))
+    if len(said[0]) != len(said[1]):
+        raise ValueError(f"{len(said[0])} texts for the first tower, {len(said[1])} for the second: give as many")
+    ids = [tokens(row) for tokens, row in zip(parts.tokenizers, said, strict=False)]
     return encode_ids(parts, ids, clip_skip=clip_skip, ops=ops)
 
 

@@ -72,6 +72,14 @@ def test_a_tapped_walk_is_the_walk_of_the_denoiser(parts: Components, settings: 
     assert len(taps[0].h) == rows == len(taps[0].skips[-1])
 
 
+def test_one_prompt_is_for_every_picture(parts: Components):
+    positive, negative, ids = said(parts, 1)
+    one = Guided(parts.unet, positive, negative, schedule=SCHEDULE, ids=ids)
+    two = Guided(parts.unet, positive.repeated(2), negative.repeated(2), schedule=SCHEDULE, ids=size_ids(SIZE, 2))
+    walks = [last(tap.step for tap in tapped(unet, noise(parts), SCHEDULE, PATH)) for unet in (one, two)]
+    same(*walks)
+
+
 def test_an_edit_of_nothing_and_an_injection_of_nothing_change_nothing(parts: Components):
     unet, x = lists(parts), noise(parts)
     plain = [tap.step for tap in tapped(unet, x, SCHEDULE, PATH)]
