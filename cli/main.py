@@ -19,6 +19,7 @@ COMMANDS = {
     "correlation": "how |h| and its skip go together over the timesteps (DiffStyle, figure 4b)",
     "inspect": "what a weight file holds: layout, family, settings, keys that do not fit",
     "fetch": "download public weights by name and check them",
+    "bench": "the kernels against everything else that computes the same, on this machine",
     "env": "versions, devices and folders",
     "redo": "make a picture again from what it says of itself, bit for bit",
 }
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse("", f"there is no command {name!r}: it is one of {', '.join(COMMANDS)}")
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its retries are not the user's errors
     try:
-        return import_module(f".{name}", __package__).run(words[1:])
+        return import_module(f".{name.replace('-', '_')}", __package__).run(words[1:])
     except KeyboardInterrupt:
         print(f"diaphane {name}: interrupted; what was finished is kept", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -85,23 +86,21 @@ class Row:
 
 
 class Refused(NamedTuple):
-    """A way whose answer is wrong."""
+    """A way whose answer is wrong, or ours where it gave none."""
 
     kernel: str
     case: str
     way: str
-    error: float
-    most: float
+    why: str
 
     def __str__(self) -> str:
-        what = f"{self.kernel} {self.case}, {self.way}"
-        return f"{what}: its error against float64 is {self.error:.2e}, more than {self.most:.2e}; no row"
+        return f"{self.kernel} {self.case}, {self.way}: {self.why}; it gets no row"
 
 
 def compete(contest: Contest, device: torch.device, rounds: int, once: Once | None = None) -> Iterator[Row | Refused]:
     """Every way of a contest: what cannot run and what is wrong first, then the rest, ours before the others.
 
-    An error of our own way is raised; what keeps a rival from running is its row's note.
+    What keeps a rival from running is its row's note.
     """
     once = once or clock(device)
     ways: dict[str, Way] = {}
@@ -116,11 +115,13 @@ def compete(contest: Contest, device: torch.device, rounds: int, once: Once | No
                 error, most = contest.judge(way.run())
         except Exception as e:
             if name == OURS:
-                raise
+                yield Refused(contest.kernel, contest.case, name, f"it raised {why_not(e, said)}")
+                continue
             yield replace(row, note=why_not(e, said))
             continue
         if not error <= most:
-            yield Refused(contest.kernel, contest.case, name, error, most)
+            why = f"its error against float64 is {error:.2e}, more than {most:.2e}"
+            yield Refused(contest.kernel, contest.case, name, why)
             continue
         with torch.no_grad():
             rows[name] = replace(row, error=error, most=most, memory=peak(way, device))
@@ -171,3 +172,27 @@ def limit(plain: Tensor, true: Tensor) -> float:
     """
     precision, errs = torch.finfo(plain.dtype).eps, distance(plain, true)
     return max(2 * errs, 2 * precision) if errs < float("inf") else 8 * precision
+
+
+def judged(definition: Callable[[torch.dtype], tuple[Tensor, ...]], dtype: torch.dtype) -> Callable[[Any], Any]:
+    """A judge of outputs by a definition, which it asks once, in float64 and in the type of the case.
+
+    Of several outputs the one counts that is nearest to the most it may err, or furthest beyond.
+    """
+
+    @cache
+    def truth() -> list[tuple[Tensor, float]]:
+        true, plain = definition(torch.float64), definition(dtype)
+        return [(x, limit(y, x)) for x, y in zip(true, plain, strict=True)]
+
+    def judge(found: Tensor | tuple[Tensor, ...]) -> tuple[float, float]:
+        outputs = (found,) if isinstance(found, Tensor) else found
+        errors = [(distance(x, true), most) for x, (true, most) in zip(outputs, truth(), strict=True)]
+        return max(errors, key=lambda e: e[0] / e[1])
+
+    return judge
+
+
+def compiled(definition: Callable[..., Any]) -> Any:
+    """A function as torch compiles it for the shapes of the case, whole."""
+    return torch.compile(definition, dynamic=False, fullgraph=True)

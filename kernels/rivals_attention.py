@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .adain import token_stats
 from .attention_problem import Problem
 from .cases import CPU, EDGES, SDXL, Case, sources
-from .contests import OURS, Contest, Entry, Unavailable
+from .contests import OURS, Contest, Entry, Unavailable, compiled
 from .source_attention import source_attention
 from .source_attention_torch import folded
 from .sources import compacted
@@ -47,7 +47,10 @@ def contest(case: Case, dtype: torch.dtype, device: torch.device) -> Contest:
         calls = _fused(device)
         ways |= {f"two calls and a merge, {name}": partial(_merged, p, call, False) for name, call in calls.items()}
         if case.adain:
-            ways |= {f"the same, AdaIN folded, {name}": partial(_merged, p, call, True) for name, call in calls.items()}
+            ways |= {
+                f"two calls and a merge, folded, {name}": partial(_merged, p, call, True)
+                for name, call in calls.items()
+            }
     ways |= {"varlen": partial(_varlen, p), "FlexAttention": partial(_flex, p)}
     return Contest("source_attention", case.name, case.why, p.work(), ways, p.judge)
 
@@ -247,7 +250,7 @@ def _flex(p: Problem) -> Way:
     """Over the keys of all images, which lie side by side as they are, under a block mask; a shift by score_mod."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    attend: Any = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    attend = compiled(flex_attention)
     if p.case.sees == "own":
         return Way(lambda: attend(p.q, p.k, p.v))
     m, allowed, scale, shift = p.m, p.allowed, p.case.scale, p.case.shift
