@@ -20,6 +20,7 @@ from diaphane.samplers.parameterisation import Denoise
 from diaphane.samplers.schedule import Schedule
 from torch import Tensor
 
+from . import golden_consistory_parts as pieces
 from .golden_latent import parts, within
 from .golden_reader import Case, Entry, Folder, unclaimed, unknown
 
@@ -36,10 +37,10 @@ def later(folder: Folder, stem: str) -> list[Case]:
 
 
 KINDS: dict[str, Callable[[Folder, str], list[Case]]] = {
-    "masks": later,
-    "sdsa_attention": later,
-    "query_blend": later,
-    "dift_injection": later,
+    "masks": pieces.mask_cases,
+    "sdsa_attention": pieces.attention_cases,
+    "query_blend": pieces.blend_cases,
+    "dift_injection": pieces.dift_cases,
     "unet_sdsa": later,
     "run_batch": later,
     "run_cached": later,
