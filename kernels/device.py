@@ -12,11 +12,16 @@ SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 HALF = (torch.float16, torch.bfloat16)
 
 
-def takes_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = SINGLE, widest: int = 256) -> bool:
-    """On an Nvidia device since Ampere, in one of the types, and with a head, the last axis, that is no wider."""
-    if not (TRITON_INSTALLED and torch.version.cuda and x.is_cuda and x.dtype in dtypes and 0 < x.shape[-1] <= widest):
+def on_nvidia(x: Tensor, dtypes: tuple[torch.dtype, ...] = SINGLE) -> bool:
+    """On an Nvidia device since Ampere, and in one of the types."""
+    if not (TRITON_INSTALLED and torch.version.cuda and x.is_cuda and x.dtype in dtypes):
         return False
     return torch.cuda.get_device_properties(x.device).major >= 8
+
+
+def takes_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = SINGLE, widest: int = 256) -> bool:
+    """On an Nvidia device since Ampere, in one of the types, and with a head, the last axis, that is no wider."""
+    return 0 < x.shape[-1] <= widest and on_nvidia(x, dtypes)
 
 
 def refuse(op: str, of: str) -> Callable[..., NoReturn]:
