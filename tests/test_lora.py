@@ -316,8 +316,7 @@ def test_a_network_refuses_factors_of_another(parts: Components, factors: Rows):
 
 
 def diffusers_pipeline() -> Any:
-    """diffusers' pipeline around the tiny networks; a skip where its LoRA needs PEFT and there is none."""
-    pytest.importorskip("peft")
+    """diffusers' pipeline around the tiny networks; its LoRA is PEFT's."""
     from diffusers import StableDiffusionXLPipeline
 
     return StableDiffusionXLPipeline.from_pretrained(twins.TINY, dtype=torch.float32)
