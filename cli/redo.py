@@ -21,7 +21,7 @@ from .errors import CommandError, Differs, line
 from .output import replace
 from .session import Made, Session, content, encoded
 
-MAKERS = ("generate", "sample", "invert", "diffstyle", "asyrp", "correlation", "demo")
+MAKERS = ("generate", "instant-style", "probe", "sample", "invert", "diffstyle", "asyrp", "correlation", "demo")
 
 
 def parser() -> options.Parser:

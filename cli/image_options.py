@@ -1,0 +1,109 @@
+"""The options of image prompts, and what they say of pictures' shares, of places and of steps."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..methods.scales import PRESETS, Scales, scales
+from ..model.unet import UNetConfig
+from .errors import CommandError
+from .options import real
+
+H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    """The options that say which adapters, and what they are shown."""
+    g = p.add_argument_group("image prompt")
+    g.add_argument("--adapter", nargs="+", required=True, metavar="NAME", help="IP-Adapters: files or names of "
+                   "`diaphane fetch` (ip-adapter_sdxl ...)")  # fmt: skip
+    g.add_argument("--style-image", nargs="+", required=True, metavar="PICTURE", help="what the adapter is shown; with "
+                   "several adapters one each, or as --share says")  # fmt: skip
+    g.add_argument("--share", nargs="+", type=int, metavar="N", help="how many of the pictures each adapter has")
+    g.add_argument("--image-encoder", nargs="+", metavar="NAME", help="CLIP's vision tower for each adapter, or one "
+                   "for all: a file, a folder, or a name (default: the published one, from the Hub)")  # fmt: skip
+    g.add_argument("--scale", nargs="+", type=real(-100, 100), default=[1.0], help="how much of each adapter, at the "
+                   "places of --preset or --sites (default: 1)")  # fmt: skip
+    g.add_argument("--preset", nargs="+", choices=PRESETS, help="InstantStyle's blocks, or all as IP-Adapter (one, or "
+                   "one an adapter; default: style)")  # fmt: skip
+    g.add_argument("--sites", nargs="+", metavar="NAME=NUMBER", help="places in place of a preset: dec.1=1 enc.8=0.5, "
+                   "in any spelling; a comma list for pictures with masks; @2 at the end for the second adapter alone; "
+                   "or diffusers' nested form as one word of json for each adapter")  # fmt: skip
+    g.add_argument("--average", nargs="*", type=real(-1e3, 1e3), metavar="W", help="several pictures as their mean, "
+                   "perhaps weighted (default: all their tokens side by side)")  # fmt: skip
+    g.add_argument("--squash", action="store_true", help="squash pictures to the encoder's square (default: crop it "
+                   "from the middle)")  # fmt: skip
+    g.add_argument("--subtract", nargs="+", metavar="TEXT[:WEIGHT]", help="leave what a text says out of the pictures' "
+                   "embeddings; linear adapters only (default weight: 1; in the authors' example 0.5)")  # fmt: skip
+    g.add_argument("--subtract-encoder", metavar="NAME", help="the text tower of the image encoder's own CLIP, for "
+                   f"ViT-H (a file or folder of {H}); SDXL has that of bigG")  # fmt: skip
+    g.add_argument("--negative-image", metavar="PICTURE", help="guidance leads away from it (default: from no picture)")
+    g.add_argument("--style-mask", nargs="+", metavar="PICTURE", help="each picture is seen where its mask is white")
+    g.add_argument("--range", nargs="+", type=real(0, 1), metavar="FRACTION", help="the steps that see the pictures, "
+                   "from START to END in 0 ... 1; one pair, or one an adapter (default: 0 1)")  # fmt: skip
+
+
+def shared(args: argparse.Namespace, k: int) -> list[list[int]]:
+    """Which pictures each of k adapters is shown.  Raises CommandError where that is not said."""
+    n = len(args.style_image)
+    if args.share is None and k > 1 and n != k:
+        raise CommandError(f"{n} pictures for {k} adapters: say how many each is shown, as in --share 2 1")
+    counts = args.share or ([n] if k == 1 else [1] * k)
+    if len(counts) != k or any(c < 1 for c in counts) or sum(counts) != n:
+        raise CommandError(f"--share says for each of {k} adapters how many of the {n} pictures are its own; got "
+                           f"{' '.join(map(str, counts))}")  # fmt: skip
+    starts = [sum(counts[:i]) for i in range(k)]
+    return [list(range(start, start + c)) for start, c in zip(starts, counts, strict=True)]
+
+
+def pairs(numbers: Sequence[float], k: int) -> list[tuple[float, float]]:
+    """START and END for each of k adapters."""
+    if len(numbers) not in (2, 2 * k):
+        raise CommandError(f"--range is START END, once or for each of {k} adapters; got {len(numbers)} numbers")
+    found = [(numbers[i], numbers[i + 1]) for i in range(0, len(numbers), 2)]
+    if any(a >= b for a, b in found):
+        raise CommandError("--range: START is before END")
+    return found * (k if len(found) == 1 else 1)
+
+
+def placed(args: argparse.Namespace, cfg: UNetConfig, i: int, k: int, several: int | None) -> Scales:
+    """How much of adapter i of k where: --scale times --preset or --sites; `several`: how many masks it has."""
+    for name in ("scale", "preset"):
+        if len(getattr(args, name) or [0]) not in (1, k):
+            raise CommandError(f"--{name}: one for all, or one for each of {k} adapters")
+    if args.preset and args.sites:
+        raise CommandError("--preset and --sites both say where: give one of them")
+    if args.sites:
+        found = scales(cfg, said(args.sites, i, k))
+    else:
+        found = scales(cfg, args.preset[min(i, len(args.preset) - 1)] if args.preset else "style")
+    much = args.scale[min(i, len(args.scale) - 1)]
+    if any(isinstance(v, tuple) and len(v) != several for v in found.values()):
+        raise CommandError("--sites: a list is for pictures with --style-mask, one number for each of the adapter's")
+    return {at: tuple(much * n for n in v) if isinstance(v, tuple) else much * v for at, v in found.items() if much}
+
+
+def said(words: Sequence[str], i: int, k: int) -> Mapping[str, Any] | float:
+    """What --sites says of adapter i of k.  Raises CommandError."""
+    if any(word.lstrip().startswith(("{", "[")) for word in words):
+        if len(words) not in (1, k):
+            raise CommandError(f"--sites: one word of json for all, or one for each of {k} adapters")
+        try:
+            value = json.loads(words[min(i, len(words) - 1)])
+        except ValueError as e:
+            raise CommandError(f"--sites: {words[min(i, len(words) - 1)][:60]!r} is not json: {e}") from e
+        return value
+    found: dict[str, Any] = {}
+    for word in words:
+        text, at, which = word.partition("@")
+        name, equals, number = text.partition("=")
+        if not name or (at and (not which.isdecimal() or not 1 <= int(which) <= k)):
+            raise CommandError(f"--sites {word}: it is NAME=NUMBER, with @1 ... @{k} for one adapter")
+        try:
+            values = [float(v) for v in number.split(",")] if equals else [1.0]
+        except ValueError:
+            raise CommandError(f"--sites {word}: {number!r} is not a number") from None
+        if not at or int(which) == i + 1:
+            found[name] = values if len(values) > 1 else values[0]
+    return found

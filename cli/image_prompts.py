@@ -1,0 +1,213 @@
+"""From the options of image prompts to adapters, what they see of pictures, and what the UNet speaks."""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..methods.controlnet import between
+from ..methods.instant_style import (
+    ImagePrompt,
+    Pictures,
+    averaged,
+    content,
+    features,
+    image_prompt,
+    ranged,
+    subtracted,
+)
+from ..methods.prompt import encode
+from ..methods.scales import Scales
+from ..model.clip import VisionTower
+from ..model.image_prompt import IPAdapter, IPAdapterConfig
+from ..model.latent import build
+from ..model.load import assembled
+from ..model.ops import TORCH, Ops
+from ..model.pixels import clip_pixels
+from ..samplers.parameterisation import Denoise
+from ..weights import ip_adapter, latent
+from ..weights.load import Network, find
+from . import images, latents
+from .draw import Around
+from .errors import CommandError
+from .image_options import H, pairs, placed, shared
+from .session import Session
+
+ENCODERS = {1280: "ip-adapter-encoder-bigg", 1024: "ip-adapter-encoder-h"}  # of the catalogue, by what is read
+
+
+@dataclass(frozen=True)
+class Loaded(latents.Loaded):
+    """A model with adapters, an image encoder for each, and a text tower of one's own for --subtract."""
+
+    adapters: tuple[IPAdapter, ...]
+    encoders: tuple[Network, ...]
+    text: Network | None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One adapter, what it makes of its pictures, where and how much, and masks (1, n, H, W) of the pictures."""
+
+    adapter: IPAdapter
+    pictures: Pictures
+    scale: Scales
+    masks: Tensor | None
+    steps: tuple[float, float] | None  # fractions of the path
+
+    def prompt(
+        self, net: Loaded, size: tuple[int, int], n: int, path: Sequence[float], strength: Tensor | None = None
+    ) -> ImagePrompt:
+        """For n pictures of a size in pixels; `path` is the timesteps that run."""
+        first, last = (None, None) if self.steps is None else between(path, *self.steps)
+        latents = (size[0] // net.parts.factor, size[1] // net.parts.factor)
+        with net.on(self.adapter):
+            return image_prompt(self.adapter, net.parts.unet.cfg, self.pictures.repeated(n), self.scale,
+                                strength=strength, masks=self.masks, size=latents, first=first, last=last)  # fmt: skip
+
+
+def loaded(args: argparse.Namespace) -> Loaded:
+    """The model, the adapters and the encoders that the options name, each checked against the others."""
+    base = latents.loaded(args)
+    k = len(args.adapter)
+    if args.image_encoder and len(args.image_encoder) not in (1, k):
+        raise CommandError(f"--image-encoder: one for all, or one for each of {k} adapters; got "
+                           f"{len(args.image_encoder)}")  # fmt: skip
+    kind = next(base.parts.unet.parameters())
+    adapters, encoders, files = [], [], dict[str, str]()
+    for i, name in enumerate(args.adapter):
+        net = ip_adapter.load(name)
+        adapter = assembled(IPAdapter, IPAdapterConfig, net.config, net.tensors, dtype=kind.dtype, device=kind.device)
+        adapter.fits(base.parts.unet.cfg)
+        source = args.image_encoder[min(i, len(args.image_encoder) - 1)] if args.image_encoder else published(adapter)
+        tower = part(source, "image_encoder")
+        fits(adapter, tower, base, name)
+        adapters.append(adapter)
+        encoders.append(tower)
+        files |= {f"adapter {i + 1}": net.sha256, f"image encoder {i + 1}": tower.sha256}
+    text = part(args.subtract_encoder, "text_encoder") if args.subtract_encoder else None
+    if text is not None:
+        files["text encoder of --subtract"] = text.sha256
+    digests = base.weights["parts"] | files
+    whole = hashlib.sha256("".join([base.weights["sha256"], *files.values()]).encode()).hexdigest()
+    fields: dict[str, Any] = vars(base) | {"weights": base.weights | {"parts": digests, "sha256": whole}}
+    return Loaded(**fields, adapters=tuple(adapters), encoders=tuple(encoders), text=text)
+
+
+def fits(adapter: IPAdapter, tower: Network, base: latents.Loaded, name: str) -> None:
+    """Raises CommandError for an image encoder that an adapter was not trained with."""
+    meta = {key: torch.empty_like(t, device="meta") for key, t in tower.tensors.items()}
+    try:
+        adapter.fits(base.parts.unet.cfg, build(tower.family, tower.config, meta))
+    except ValueError as e:
+        raise CommandError(f"{name} and {tower.path}: {e}") from e
+
+
+def published(adapter: IPAdapter) -> str:
+    """The catalogue's name of the image encoder that an adapter reads.  Raises CommandError for others."""
+    reads = 1024 if adapter.cfg.kind != "linear" and adapter.cfg.reads == 1280 else adapter.cfg.reads
+    if reads not in ENCODERS:
+        raise CommandError(f"no published image encoder gives {reads} numbers: name one with --image-encoder")
+    return ENCODERS[reads]
+
+
+def part(source: str, what: str) -> Network:
+    """A tower of CLIP's from a file, a folder, a name of the catalogue or a repository."""
+    path = Path(source).expanduser()
+    net = latent.load(path, what) if path.exists() else latent.read(find(source), what)
+    if net.family != {"image_encoder": "clip_vision", "text_encoder": "clip_text"}[what]:
+        raise CommandError(f"{source} is of the kind {net.family}: a tower of CLIP's for "
+                           f"{'pictures' if what == 'image_encoder' else 'text'} fits there")  # fmt: skip
+    return net
+
+
+def shown(args: argparse.Namespace, session: Session, net: Loaded, size: tuple[int, int]) -> list[Shown]:
+    """What every adapter sees, computed once.  Raises CommandError for options that do not go together."""
+    k = len(net.adapters)
+    shares = shared(args, k)
+    masks = masked(args, session, size)
+    spans = [None] * k if not args.range else pairs(args.range, k)
+    if args.subtract_encoder and not args.subtract:
+        raise CommandError("--subtract-encoder reads the text of --subtract: give both")
+    out: list[Shown] = []
+    for i, (adapter, encoder, mine) in enumerate(zip(net.adapters, net.encoders, shares, strict=True)):
+        if args.average is not None and masks is not None:
+            raise CommandError("--average makes one picture of all: leave --style-mask out")
+        if args.average and len(args.average) != len(mine):
+            raise CommandError(f"--average: one weight for each of {len(mine)} pictures; got {len(args.average)}")
+        many = 1 if args.average is not None else len(mine)
+        here = None if masks is None else masks[:, mine]
+        scale = placed(args, net.parts.unet.cfg, i, k, many if here is not None else None)
+        kind, at = next(net.parts.unet.parameters()).dtype, next(net.parts.unet.parameters()).device
+        tower = build(encoder.family, encoder.config, encoder.tensors, dtype=kind, device=at)
+        with net.on(tower, adapter):
+            states = features(adapter, tower, pixels(session, [args.style_image[j] for j in mine], tower, args, net))
+            if args.average is not None:
+                states = averaged(states, args.average or None)
+            states = subtracted(adapter, states, contents(args, net))
+            nothing = adapter.nothing(tower)
+            if args.negative_image:
+                nothing = features(adapter, tower, pixels(session, [args.negative_image], tower, args, net))
+            pictures = Pictures(adapter(states)[None], adapter(nothing)[None])
+        out.append(Shown(adapter, pictures, scale, None if here is None else here.to(net.device), spans[i]))
+    return out
+
+
+def pixels(session: Session, names: Sequence[str], tower: VisionTower, args: argparse.Namespace, net: Loaded) -> Tensor:
+    """Picture files as the encoder takes them, (n, 3, side, side)."""
+    pictures = [images.decoded(session.read(name), name) for name in names]
+    return torch.cat([clip_pixels(p, tower.cfg.size, squash=args.squash) for p in pictures]).to(net.device)
+
+
+def contents(args: argparse.Namespace, net: Loaded) -> list[tuple[Tensor, float]]:
+    """The embeddings of the texts of --subtract, each with its weight."""
+    found = []
+    for said in args.subtract or ():
+        text, weight = latents.weighted(said)
+        if net.text is not None:
+            kind = next(net.parts.unet.parameters())
+            tower = build(net.text.family, net.text.config, net.text.tensors, dtype=kind.dtype, device=kind.device)
+            tokens = next((t for t in net.parts.tokenizers if t.size == tower.cfg.vocabulary), None)
+            if tokens is None:
+                raise CommandError(f"{args.subtract_encoder} has {tower.cfg.vocabulary} tokens, the model's tokenisers "
+                                   "have others: it is no tower of theirs")  # fmt: skip
+            with net.on(tower):
+                found.append((content(tower, tokens, text), weight))
+            continue
+        with net.on(*net.parts.towers):
+            pooled = encode(net.parts, text).pooled
+        if pooled is None:
+            raise CommandError("--subtract: the model's own text tower does not share a space with pictures: give "
+                               f"--subtract-encoder, the text tower of the encoder's CLIP (for ViT-H {H})")  # fmt: skip
+        found.append((pooled, weight))
+    return found
+
+
+def masked(args: argparse.Namespace, session: Session, size: tuple[int, int]) -> Tensor | None:
+    """The masks of the pictures, (1, n, H, W), 0 or 1."""
+    if not args.style_mask:
+        return None
+    if len(args.style_mask) != len(args.style_image):
+        raise CommandError(f"--style-mask: one for each of {len(args.style_image)} pictures; got "
+                           f"{len(args.style_mask)}")  # fmt: skip
+    rows = [images.filled(images.decoded(session.read(name), name), size) for name in args.style_mask]
+    found = torch.cat([(images.to_mask(row) >= 0.5).float() for row in rows])[None]
+    for name, mask in zip(args.style_mask, found[0], strict=True):
+        if not bool(mask.any()):
+            raise CommandError(f"{name} is black everywhere: its picture would be seen nowhere")
+    return found
+
+
+def around(net: Loaded, seen: Sequence[Shown], size: tuple[int, int], amounts: Sequence[float] | None = None) -> Around:
+    """What image prompts make of a batch; picture i has the amount i of `amounts`, over and over."""
+
+    def made(speaking: Callable[[Ops], Denoise], path: list[float], rows: range) -> Denoise:
+        strength = None if amounts is None else torch.tensor([amounts[i % len(amounts)] for i in rows])
+        return ranged(speaking, TORCH, [one.prompt(net, size, len(rows), path, strength) for one in seen])
+
+    return made
