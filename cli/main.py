@@ -11,6 +11,8 @@ from .errors import line, reason
 COMMANDS = {
     "demo": "all of it, on the embedded model, into a folder with one picture that explains itself",
     "generate": "pictures from text, in a picture, beside a hint: Stable Diffusion XL, 1 and 2",
+    "instant-style": "text in the style of pictures, at the blocks that make style (InstantStyle, IP-Adapter)",
+    "probe": "what each block does with a picture, drawn and measured (InstantStyle, figure 7)",
     "tokens": "how a prompt is cut into tokens, and where it ends",
     "sample": "pictures from noise: DDIM or DDPM",
     "invert": "picture -> noise -> picture, and how well it came back",
