@@ -49,18 +49,8 @@ def arguments(p: options.Parser, command: str) -> options.Parser:
     p.add_argument(
         "--prompts", metavar="FILE", help="one prompt a line, in place of the prompt; empty lines are left out"
     )
-    p.add_argument("--negative", help="what to keep away from (default: nothing, as the model was trained to take it)")
     p.add_argument("--n", type=options.whole(1, 100_000), default=1, help="pictures of each prompt (default: 1)")
-    p.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels, or one number (default: the model's own)")
-    p.add_argument("--steps", type=options.whole(1, 1000), default=30, help="(default: 30)")
-    p.add_argument("--sampler", choices=tuple(SAMPLERS), default="euler", help="(default: euler)")
-    p.add_argument("--spacing", choices=("leading", "trailing", "linspace", "karras"),
-                   help="which timesteps (default: as the model says)")  # fmt: skip
-    p.add_argument("--guidance", type=options.real(0, 100), default=5.0, help="1 is none (default: 5)")
-    p.add_argument("--rescale", type=options.real(0, 1), default=0.0, help="guidance keeps the spread of the guided "
-                   "prediction, 0 ... 1 (Lin et al. 2024; default: 0)")  # fmt: skip
-    p.add_argument("--eta", type=options.real(0, 1), default=0.0, help="DDIM's fresh noise, 0 ... 1 (default: 0)")
-    p.add_argument("--clip-skip", type=options.whole(0, 30), default=0, help="read CLIP so many layers earlier")
+    sampling(p)
     p.add_argument("--init", metavar="PICTURE", help="begin in this picture; it is cropped and resized to the size")
     p.add_argument("--strength", type=options.real(0, 1), help="how much of the walk runs from --init (default: 0.75; "
                    "with a mask 1)")  # fmt: skip
@@ -68,6 +58,28 @@ def arguments(p: options.Parser, command: str) -> options.Parser:
     p.add_argument("--control", metavar="PICTURE", help="the hint of --control-model: edges, depth ... as it is")
     p.add_argument("--control-scale", type=options.real(0, 10), default=1.0, help="(default: 1)")
     latents.options(p)
+    running(p, command)
+    return p
+
+
+def sampling(p: options.Parser, *, steps: int = 30, sampler: str = "euler", guidance: float | None = 5.0) -> None:
+    """The options of a walk; without a `guidance` its default is the command's to find."""
+    p.add_argument("--negative", help="what to keep away from (default: nothing, as the model was trained to take it)")
+    p.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels, or one number (default: the model's own)")
+    p.add_argument("--steps", type=options.whole(1, 1000), default=steps, help=f"(default: {steps})")
+    p.add_argument("--sampler", choices=tuple(SAMPLERS), default=sampler, help=f"(default: {sampler})")
+    p.add_argument("--spacing", choices=("leading", "trailing", "linspace", "karras"),
+                   help="which timesteps (default: as the model says)")  # fmt: skip
+    said = "as the preset" if guidance is None else f"{guidance:g}"
+    p.add_argument("--guidance", type=options.real(0, 100), default=guidance, help=f"1 is none (default: {said})")
+    p.add_argument("--rescale", type=options.real(0, 1), default=0.0, help="guidance keeps the spread of the guided "
+                   "prediction, 0 ... 1 (Lin et al. 2024; default: 0)")  # fmt: skip
+    p.add_argument("--eta", type=options.real(0, 1), default=0.0, help="DDIM's fresh noise, 0 ... 1 (default: 0)")
+    p.add_argument("--clip-skip", type=options.whole(0, 30), default=0, help="read CLIP so many layers earlier")
+
+
+def running(p: options.Parser, command: str, *, batch: int = 1) -> None:
+    """The options of a run and of its files."""
     run = p.add_argument_group("run")
     run.add_argument("--seed", type=options.whole(0, options.MAX_SEED), default=0,
                      help="picture i of all is drawn from seed + i (default: 0)")  # fmt: skip
@@ -75,7 +87,9 @@ def arguments(p: options.Parser, command: str) -> options.Parser:
     run.add_argument("--dtype", choices=("auto", *options.DTYPES), default="auto",
                      help="of the networks (default: float32 on a CPU, else float16)")  # fmt: skip
     run.add_argument("--threads", type=options.whole(1, 256), help="of the CPU (default: torch's own choice)")
-    run.add_argument("--batch", type=options.whole(1, 1024), default=1, help="pictures at a time (default: 1)")
+    run.add_argument(
+        "--batch", type=options.whole(1, 1024), default=batch, help=f"pictures at a time (default: {batch})"
+    )
     run.add_argument("--low-vram", action="store_true", help="each part is on the device while it works only")
     out = p.add_argument_group("output")
     out.add_argument("--out", default=f"out/{command}", help="folder for what is made; a numbered one beside it if it "
@@ -83,7 +97,6 @@ def arguments(p: options.Parser, command: str) -> options.Parser:
     out.add_argument("--resume", action="store_true", help="go on in the folder: pictures there are not made again")
     out.add_argument("--overwrite", action="store_true", help="write into the folder even if it is not empty")
     out.add_argument("--quiet", action="store_true", help="no progress bars, no lines about files")
-    return p
 
 
 def size(text: str) -> str:
