@@ -1,7 +1,7 @@
 """ControlNet (Zhang et al. 2023) for the text-conditioned UNets: what a hint adds to h and to every skip, as values."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -23,7 +23,11 @@ def controlling(cfg: UNetConfig) -> ControlNetConfig:
     return ControlNetConfig(**vars(cfg))
 
 
+# diffusers/controlnet-{canny,depth}-sdxl-1.0, -mid (transformer_layers_per_block 0, 0, 1) and -small (0, 0, 0, and no
+# attention in its down blocks): the empty transformers are there, with a norm and projections
 SDXL_CONTROL = controlling(SDXL)  # 1,251,014,160 parameters
+SDXL_CONTROL_MID = replace(SDXL_CONTROL, depth=(0, 0, 1), mid_depth=1, hollow=(1,))  # 272,586,000
+SDXL_CONTROL_SMALL = replace(SDXL_CONTROL, depth=(0, 0, 0), mid_depth=0)  # 160,111,120
 SD15_CONTROL = controlling(SD15)  # 361,279,120
 
 

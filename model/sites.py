@@ -33,25 +33,28 @@ def places(cfg: UNetConfig) -> list[Place]:
     last, n = len(cfg.channels) - 1, cfg.blocks
     out = [Place("enc.0.0", "input_blocks.0.0", "conv_in", "stem")]
 
-    def pair(side: str, k: int, depth: int, block: str, i: int) -> list[Place]:
+    def pair(side: str, k: int, depth: int | None, block: str, i: int) -> list[Place]:
         ours, ldm = f"{side}.{k}", f"{'input' if side == 'enc' else 'output'}_blocks.{k}"
         both = [Place(f"{ours}.0", f"{ldm}.0", f"{block}.resnets.{i}", "res")]
-        return [*both, Place(f"{ours}.1", f"{ldm}.1", f"{block}.attentions.{i}", "transformer")] if depth else both
+        if depth is None:
+            return both
+        return [*both, Place(f"{ours}.1", f"{ldm}.1", f"{block}.attentions.{i}", "transformer")]
 
-    for level, depth in enumerate(cfg.depth):
+    for level, depth in enumerate(cfg.transformers):
         first, block = 1 + level * (n + 1), f"down_blocks.{level}"
         for i in range(n):
             out += pair("enc", first + i, depth, block, i)
         if level < last:
             down = f"{first + n}.0"
             out.append(Place(f"enc.{down}", f"input_blocks.{down}", f"{block}.downsamplers.0", "down"))
-    for i, (name, kind) in enumerate((("resnets.0", "res"), ("attentions.0", "transformer"), ("resnets.1", "res"))):
+    middle = (("resnets.0", "res"), ("attentions.0", "transformer"), ("resnets.1", "res"))
+    for i, (name, kind) in enumerate(middle[:1] if cfg.plain_mid else middle):
         out.append(Place(f"mid.{i}", f"middle_block.{i}", f"mid_block.{name}", kind))
-    for block, depth in enumerate(reversed(cfg.depth)):
+    for block, depth in enumerate(reversed(cfg.transformers)):
         for i in range(n + 1):
             out += pair("dec", block * (n + 1) + i, depth, f"up_blocks.{block}", i)
         if block < last:
-            up = f"{block * (n + 1) + n}.{2 if depth else 1}"
+            up = f"{block * (n + 1) + n}.{1 if depth is None else 2}"
             out.append(Place(f"dec.{up}", f"output_blocks.{up}", f"up_blocks.{block}.upsamplers.0", "up"))
     return out
 

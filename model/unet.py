@@ -18,6 +18,8 @@ class UNetConfig:
     channels: tuple[int, ...] = (320, 640, 1280)  # of each level, fine to coarse; the embedding has 4 times the first
     depth: tuple[int, ...] = (0, 2, 10)  # transformer blocks of an attention at each level; 0: no attention
     mid_depth: int = 10  # and in the bottleneck
+    plain_mid: bool = False  # the bottleneck is one residual block
+    hollow: tuple[int, ...] = ()  # levels of depth 0 with transformers all the same: a norm and two projections
     blocks: int = 2  # residual blocks per level (decoder: one more)
     head_dim: int | None = 64  # channels of a head; None: `heads` heads everywhere
     heads: int = 8
@@ -32,6 +34,13 @@ class UNetConfig:
             raise ValueError(
                 f"depth has {len(self.depth)} levels, channels {len(self.channels)}: give one depth a level"
             )
+        if wrong := [level for level in self.hollow if level not in range(len(self.depth)) or self.depth[level]]:
+            raise ValueError(f"level {wrong[0]} is hollow where it has depth 0, not {self.depth}")
+
+    @property
+    def transformers(self) -> tuple[int | None, ...]:
+        """Blocks of the transformers at each level; None where there are none."""
+        return tuple(depth if depth or level in self.hollow else None for level, depth in enumerate(self.depth))
 
 
 SDXL = UNetConfig()  # 2,567,463,684 parameters; ids: height, width, crop top, crop left, target height, target width
@@ -171,17 +180,17 @@ class Conditioned(nn.Module):
         return Cond(emb + self.vector(torch.cat([pooled.to(dtype), sizes.view(b, -1).to(dtype)], dim=1)), context)
 
 
-def stage(name: str, cin: int, cout: int, depth: int, cfg: UNetConfig) -> Stage:
+def stage(name: str, cin: int, cout: int, depth: int | None, cfg: UNetConfig) -> Stage:
     """A residual block, and a transformer where there is one."""
     block = ResBlock(cin, cout, cfg, name)
-    return Stage([block, Transformer(cout, depth, cfg, name)] if depth else [block])
+    return Stage([block] if depth is None else [block, Transformer(cout, depth, cfg, name)])
 
 
 def encoder(cfg: UNetConfig) -> Iterator[tuple[Stage, int]]:
     """The encoder's stages, each with the width of its skip."""
     ch, k = cfg.channels[0], 1
     yield Stage([Stem(cfg.in_channels, ch)]), ch
-    for level, (cout, depth) in enumerate(zip(cfg.channels, cfg.depth, strict=True)):
+    for level, (cout, depth) in enumerate(zip(cfg.channels, cfg.transformers, strict=True)):
         for _ in range(cfg.blocks):
             yield stage(f"enc.{k}", ch, cout, depth, cfg), cout
             k, ch = k + 1, cout
@@ -191,8 +200,10 @@ def encoder(cfg: UNetConfig) -> Iterator[tuple[Stage, int]]:
 
 
 def bottleneck(cfg: UNetConfig) -> Stage:
-    """A residual block, a transformer, a residual block."""
+    """A residual block, a transformer, a residual block; without a transformer the first alone."""
     ch = cfg.channels[-1]
+    if cfg.plain_mid:
+        return Stage([ResBlock(ch, ch, cfg, "mid")])
     transformer = Transformer(ch, cfg.mid_depth, cfg, "mid")
     return Stage([ResBlock(ch, ch, cfg, "mid"), transformer, ResBlock(ch, ch, cfg, "mid", 1)])
 
@@ -209,7 +220,7 @@ class UNet(Conditioned, ThreeLists):  # pyright: ignore[reportIncompatibleMethod
         stages, emitted = map(list, zip(*encoder(cfg), strict=True))
         self.enc, self.mid = nn.ModuleList(stages), bottleneck(cfg)
         self.dec, ch = nn.ModuleList(), cfg.channels[-1]
-        for level, (cout, depth) in reversed(list(enumerate(zip(cfg.channels, cfg.depth, strict=True)))):
+        for level, (cout, depth) in reversed(list(enumerate(zip(cfg.channels, cfg.transformers, strict=True)))):
             for i in range(cfg.blocks + 1):
                 members = stage(f"dec.{len(self.dec)}", ch + emitted.pop(), cout, depth, cfg)
                 ch = cout

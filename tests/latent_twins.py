@@ -33,8 +33,8 @@ CONFIGS = {"xl": XL, "refiner": REFINER, "sd1": SD1, "sd2": SD2}
 def diffusers_settings(cfg: UNetConfig, *, linear: bool) -> dict[str, Any]:
     """The same configuration in UNet2DConditionModel's terms."""
     heads = [ch // cfg.head_dim if cfg.head_dim else cfg.heads for ch in cfg.channels]
-    kinds = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in cfg.depth]
-    depth = [d or cfg.mid_depth for d in cfg.depth]  # the last is the bottleneck's
+    kinds = ["DownBlock2D" if depth is None else "CrossAttnDownBlock2D" for depth in cfg.transformers]
+    depth = [cfg.mid_depth if d is None else d for d in cfg.transformers]  # the last is the bottleneck's
     xl = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": cfg.id_dim,
@@ -66,6 +66,7 @@ def diffusers_controlnet(cfg: UNetConfig, hint: tuple[int, ...], *, linear: bool
     """diffusers' ControlNet of the same configuration."""
     settings = {k: v for k, v in diffusers_settings(cfg, linear=linear).items() if k not in ("out_channels",)}
     settings.pop("up_block_types")
+    settings |= {"mid_block_type": "UNetMidBlock2D"} if cfg.plain_mid else {}
     return ControlNetModel(conditioning_embedding_out_channels=hint, **settings).eval().requires_grad_(False)
 
 

@@ -1,12 +1,17 @@
 """ControlNets: diffusers' residuals, the reference data, both layouts, and what they refuse."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diaphane.model import controlnet, unet
+from diaphane.model.latent import build
 from diaphane.weights import controlnet as table
 from diaphane.weights import unet as unet_table
+from diaphane.weights.errors import ConfigError
+from diaphane.weights.latent import load
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,11 +19,27 @@ from . import latent_twins as twins
 
 F64 = torch.float64
 HINT = (4, 6, 8, 10)
-CONFIGS = {"xl": twins.XL, "refiner": twins.REFINER, "sd1": twins.SD1, "sd2": replace(twins.SD2, in_channels=4)}
+SMALLER = {
+    "xl mid": replace(twins.XL, depth=(0, 0, 1), mid_depth=1, hollow=(1,)),
+    "xl small": replace(twins.XL, depth=(0, 0, 0), mid_depth=0),
+    "plain middle": replace(twins.XL, mid_depth=0, plain_mid=True),
+    "nothing but convolutions": replace(twins.XL, depth=(0, 0, 0), mid_depth=0, plain_mid=True),
+}
+CONFIGS = SMALLER | {
+    "xl": twins.XL,
+    "refiner": twins.REFINER,
+    "sd1": twins.SD1,
+    "sd2": replace(twins.SD2, in_channels=4),
+}
 
 
 def config(name: str) -> controlnet.ControlNetConfig:
     return replace(controlnet.controlling(CONFIGS[name]), hint=HINT)
+
+
+def base(name: str) -> unet.UNetConfig:
+    """The UNet that a ControlNet is for."""
+    return twins.XL if name in SMALLER else CONFIGS[name]
 
 
 def inputs(
@@ -48,10 +69,10 @@ def close(got: Tensor, want: Tensor, bound: float) -> None:
 def test_residuals_and_what_a_unet_makes_of_them_are_diffusers_own(name: str, size: tuple[int, int]):
     torch.manual_seed(13)
     cfg = config(name)
-    control, plain = twins.diffusers_controlnet(cfg, HINT), twins.diffusers_unet(CONFIGS[name])
+    control, plain = twins.diffusers_controlnet(cfg, HINT), twins.diffusers_unet(base(name))
     for twin in (control, plain):
         twins.randomised(twin)
-    net, body = controlnet.ControlNet(cfg).eval(), unet.UNet(CONFIGS[name]).eval()
+    net, body = controlnet.ControlNet(cfg).eval(), unet.UNet(base(name)).eval()
     net.load_state_dict(twins.ours(control.state_dict(), table, table.DIFFUSERS), strict=True, assign=True)
     body.load_state_dict(twins.ours(plain.state_dict(), unet_table, unet_table.DIFFUSERS), strict=True, assign=True)
     for dtype, bound in ((torch.float32, 1e-5), (F64, 1e-10)):
@@ -116,7 +137,12 @@ def test_ldms_layout_is_the_same_network_and_its_plan_is_read_from_its_shapes(na
     assert {name: getattr(cfg, name) for name in plan.config()} == plan.config()
 
 
-PUBLISHED = {"SDXL_CONTROL": 1_251_014_160, "SD15_CONTROL": 361_279_120}
+PUBLISHED = {
+    "SDXL_CONTROL": 1_251_014_160,
+    "SDXL_CONTROL_MID": 272_586_000,
+    "SDXL_CONTROL_SMALL": 160_111_120,
+    "SD15_CONTROL": 361_279_120,
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -124,6 +150,32 @@ def test_a_published_controlnet_has_its_parameters(name: str):
     with torch.device("meta"):
         net = controlnet.ControlNet(getattr(controlnet, name))
     assert sum(p.numel() for p in net.parameters()) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", SMALLER)
+def test_a_smaller_controlnet_is_read_from_its_shapes_and_a_config_json_that_contradicts_them_is_an_error(
+    name: str, tmp_path: Path
+):
+    cfg = config(name)
+    twins.diffusers_controlnet(cfg, HINT).save_pretrained(tmp_path)
+    found = load(tmp_path)
+    net = build(found.family, found.config, found.tensors)
+    said = {"depth": cfg.depth, "plain_mid": cfg.plain_mid, "hollow": cfg.hollow, "context_dim": cfg.context_dim}
+    assert {key: getattr(net.cfg, key) for key in said} == said
+    told = json.loads((tmp_path / "config.json").read_text())
+    bare = load(tmp_path, config={}, head_dim=cfg.head_dim, groups=cfg.groups, id_dim=cfg.id_dim)
+    want = cfg.context_dim if any(cfg.depth) or cfg.mid_depth else 2048
+    one, two = ({**part.config, "heads": 0, "head_dim": 0} for part in (bare, found))  # where no head is, any number
+    assert one == two | {"context_dim": want}
+    other = "UNetMidBlock2DCrossAttn" if cfg.plain_mid else "UNetMidBlock2D"
+    with pytest.raises(ConfigError, match=f"mid_block_type = {other}"):
+        load(tmp_path, config=told | {"mid_block_type": other})
+
+
+def test_a_hollow_level_that_is_not_empty_is_an_error():
+    for hollow in ((1,), (3,), (-1,)):
+        with pytest.raises(ValueError, match=rf"level {hollow[0]} is hollow where it has depth 0"):
+            replace(twins.XL, hollow=hollow)
 
 
 def test_shapes_that_do_not_fit_are_errors_that_say_what_does():

@@ -45,6 +45,8 @@ PUBLISHED: dict[str, tuple[Any, str, Any, int, dict[str, Any]]] = {
     "sd15-unet": (unet_table, "unet", unet.SD15, 859_520_964, {}),
     "sd21-unet": (unet_table, "unet", unet.SD21, 865_910_724, {}),
     "sdxl-controlnet": (controlnet_table, "controlnet", controlnet.SDXL_CONTROL, 1_251_014_160, {}),
+    "sdxl-controlnet-mid": (controlnet_table, "controlnet", controlnet.SDXL_CONTROL_MID, 272_586_000, {}),
+    "sdxl-controlnet-small": (controlnet_table, "controlnet", controlnet.SDXL_CONTROL_SMALL, 160_111_120, {}),
     "sd15-controlnet": (controlnet_table, "controlnet", controlnet.SD15_CONTROL, 361_279_120, {}),
     "vae": (vae_table, "vae", vae.SDXL_VAE, 83_653_863, {"scaling": 0.13025}),
     "clip-l-text": (clip_table, "clip_text", clip.TEXT_L, 123_060_480, {}),

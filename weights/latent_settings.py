@@ -6,6 +6,7 @@ The conventions, in one place, for what neither the caller nor a config.json giv
 - groups of a norm: 32.
 - micro-conditioning: sinusoids of 256; five numbers where the pooled text is then as wide as a token (the refiner,
   which reads one text encoder), else six.
+- a ControlNet that reads no text (SDXL's small ones) is taken for SDXL's, whose tokens are 2048 wide.
 - CLIP's activation by its width and kind; its texts end at the largest id.
 - the autoencoder's scaling has no convention: single files imply it, others need a config.json or scaling=.  One
   scaled by 0.13025 (SDXL's) overflows float16, others do not.
@@ -23,7 +24,7 @@ from .unet import Plan as UNetPlan
 UNET = ("head_dim", "heads", "groups", "pooled_dim", "ids", "id_dim")
 FREE = {
     "unet": UNET,
-    "controlnet": UNET,
+    "controlnet": (*UNET, "context_dim"),
     "vae": ("scaling", "upcast", "groups"),
     "clip_text": ("heads", "act", "eos"),
     "clip_vision": ("heads", "act"),
@@ -71,6 +72,7 @@ DOES: dict[str, dict[str, tuple[Any, ...]]] = {
 DOES["controlnet"] = DOES["unet"] | {
     "_class_name": ("ControlNetModel",),
     "controlnet_conditioning_channel_order": ("rgb",),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D"),
     "global_pool_conditions": (False,),
 }
 # transformers' names for settings of CLIP, and its defaults (they hold for what a config.json leaves out)
@@ -149,7 +151,7 @@ def check(said: Mapping[str, Any], where: str) -> None:
         whole = number and isinstance(value, int) and 0 < value <= 1 << 20
         good = {"scaling": number and value > 0, "act": value in ("gelu", "quick_gelu"), "eos": whole or value == 0,
                 "upcast": isinstance(value, bool)}  # fmt: skip
-        if value is not None and not good.get(name, whole if name in UNET or name == "heads" else True):
+        if value is not None and not good.get(name, whole if name in (*UNET, "context_dim") else True):
             raise ConfigError(f"{where} says {name} = {value!r}, which is no such number or choice")
 
 
@@ -157,7 +159,8 @@ def read_unet(config: Mapping[str, Any], plan: UNetPlan) -> dict[str, Any]:
     """UNet2DConditionModel's and ControlNetModel's; their attention_head_dim is a number of heads."""
     counts = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     counts = [counts] * len(plan.channels) if isinstance(counts, int) else list(counts)
-    pairs = [(ch, count) for ch, count, depth in zip(plan.channels, counts, plan.depth, strict=True) if depth]
+    by_level = list(zip(plan.channels, counts, strict=True))
+    pairs = [pair for i, pair in enumerate(by_level) if plan.depth[i] or i in plan.hollow]
     pairs.append((plan.channels[-1], counts[-1]))  # the bottleneck's
     dims = {ch // count if ch % count == 0 else None for ch, count in pairs}
     heads: dict[str, Any] = {"heads": pairs[0][1]}
@@ -172,6 +175,9 @@ def read_unet(config: Mapping[str, Any], plan: UNetPlan) -> dict[str, Any]:
     here = [(want, have) for want, have in zip(depths, plan.depth, strict=True) if have]
     if any(want != have for want, have in here):
         raise ConfigError(f"config.json says transformer_layers_per_block = {depth}, the tensors {list(plan.depth)}")
+    kind = config.get("mid_block_type", "UNetMidBlock2DCrossAttn")
+    if (kind == "UNetMidBlock2D") != plan.plain_mid:
+        raise ConfigError(f"config.json says mid_block_type = {kind}, the tensors have another bottleneck")
     return heads | {
         "in_channels": config.get("in_channels", 4),
         "out_channels": config.get("out_channels", 4),
@@ -208,7 +214,9 @@ def read_clip(config: Mapping[str, Any], plan: ClipPlan) -> dict[str, Any]:
 def complete_unet(free: Mapping[str, Any], plan: UNetPlan) -> dict[str, Any]:
     """The free settings of a UNet with conventions for those not given, checked against the widths."""
     out: dict[str, Any] = {"groups": 32, **free}
-    attending = {ch for ch, depth in zip(plan.channels, plan.depth, strict=True) if depth} | {plan.channels[-1]}
+    attending = {ch for i, ch in enumerate(plan.channels) if plan.depth[i] or i in plan.hollow} | {plan.channels[-1]}
+    if plan.context_dim is None:
+        out.setdefault("context_dim", 2048)
     if "heads" not in free and "head_dim" not in free:
         out |= {"heads": 8} if plan.context_dim == 768 and not plan.vector_dim else {"head_dim": 64}
     if "head_dim" not in out:

@@ -19,8 +19,10 @@ class Plan:
     channels: tuple[int, ...]
     depth: tuple[int, ...]
     mid_depth: int
+    plain_mid: bool = False  # the bottleneck is one residual block
+    hollow: tuple[int, ...] = ()  # levels whose transformers have no blocks
     blocks: int
-    context_dim: int
+    context_dim: int | None  # None: no text is read
     vector_dim: int | None  # pooled text and ids together
     in_channels: int
     out_channels: int | None  # None: an encoder alone (ControlNet)
@@ -37,7 +39,9 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """The settings that the shapes say."""
-        named = ("channels", "depth", "mid_depth", "blocks", "context_dim", "in_channels", "out_channels")
+        named = ["channels", "depth", "mid_depth", "blocks", "in_channels", "out_channels"]
+        named += [name for name in ("plain_mid", "hollow") if getattr(self, name)]
+        named += ["context_dim"] if self.context_dim else []
         return {name: getattr(self, name) for name in named}
 
 
@@ -52,13 +56,13 @@ def res(at: Names, cin: int, cout: int, emb: int) -> Iterator[Parameter]:
         yield from conv(under(at, ("skip", "skip_connection", "conv_shortcut")), cin, cout, 1)
 
 
-def transformer(at: Names, ch: int, depth: int, context: int) -> Iterator[Parameter]:
-    """A transformer, which both layouts spell alike."""
+def transformer(at: Names, ch: int, depth: int, context: int | None) -> Iterator[Parameter]:
+    """A transformer, which both layouts spell alike; `context` may be None where it has no blocks."""
     yield from norm(under(at, "norm"), ch)
     yield from linear(under(at, "proj_in"), ch, ch)
     for i in range(depth):
         block = under(at, (f"blocks.{i}", *[f"transformer_blocks.{i}"] * 2))
-        for ours, theirs, width in (("self_attn", "attn1", ch), ("cross_attn", "attn2", context)):
+        for ours, theirs, width in (("self_attn", "attn1", ch), ("cross_attn", "attn2", context or 0)):
             attn = under(block, (ours, theirs, theirs))
             for leaf, cin in (("q", ch), ("k", width), ("v", width)):
                 yield from linear(under(attn, (leaf, f"to_{leaf}", f"to_{leaf}")), cin, ch, bias=False)
@@ -85,7 +89,7 @@ def pair(plan: Plan, side: str, k: int, block: str, i: int, cin: int, level: int
     """A residual block, and a transformer where there is one."""
     ours, ldm, cout = f"{side}.{k}", f"{'input' if side == 'enc' else 'output'}_blocks.{k}", plan.channels[level]
     yield from res((f"{ours}.0", f"{ldm}.0", f"{block}.resnets.{i}"), cin, cout, plan.emb)
-    if depth := plan.depth[level]:
+    if (depth := plan.depth[level]) or level in plan.hollow:
         at = (f"{ours}.1", f"{ldm}.1", f"{block}.attentions.{i}")
         yield from transformer(at, cout, depth, plan.context_dim)
 
@@ -103,6 +107,8 @@ def encoder(plan: Plan) -> Iterator[Parameter]:
             yield from conv((f"enc.{k}.0.conv", f"input_blocks.{k}.0.op", f"{block}.downsamplers.0.conv"), ch, ch)
             k += 1
     yield from res(("mid.0", "middle_block.0", "mid_block.resnets.0"), ch, ch, plan.emb)
+    if plan.plain_mid:
+        return
     yield from transformer(("mid.1", "middle_block.1", "mid_block.attentions.0"), ch, plan.mid_depth, plan.context_dim)
     yield from res(("mid.2", "middle_block.2", "mid_block.resnets.1"), ch, ch, plan.emb)
 
@@ -124,7 +130,7 @@ def decoder(plan: Plan) -> Iterator[Parameter]:
             yield from pair(plan, "dec", k, block, i, ch + skips.pop(), level)
             k, ch = k + 1, cout
         if level:
-            at = f"{k - 1}.{2 if plan.depth[level] else 1}.conv"
+            at = f"{k - 1}.{2 if plan.depth[level] or level in plan.hollow else 1}.conv"
             yield from conv((f"dec.{at}", f"output_blocks.{at}", f"{block}.upsamplers.0.conv"), ch, ch)
     yield from norm(("norm_out", "out.0", "conv_norm_out"), ch)
     yield from conv(("conv_out", "out.2", "conv_out"), ch, plan.out_channels or 0)
@@ -144,10 +150,14 @@ def plan(found: Mapping[str, Shape], column: int) -> Plan:
 def diffusers_plan(found: Mapping[str, Shape]) -> Plan:
     """diffusers' names show the structure."""
     levels = range(max(count(found, r"down_blocks\.(\d{1,3})\."), 1))
+    depth = tuple(count(found, rf"down_blocks\.{level}\.attentions\.0\.{BLOCK}") for level in levels)
+    more = holds(found, "mid_block.attentions.") or holds(found, "mid_block.resnets.1.")
     return Plan(
         channels=tuple(need(found, f"down_blocks.{level}.resnets.0.conv1.weight", 4)[0] for level in levels),
-        depth=tuple(count(found, rf"down_blocks\.{level}\.attentions\.0\.{BLOCK}") for level in levels),
+        depth=depth,
         mid_depth=count(found, rf"mid_block\.attentions\.0\.{BLOCK}"),
+        plain_mid=not more,
+        hollow=tuple(i for i in levels if not depth[i] and holds(found, f"down_blocks.{i}.attentions.0.")),
         blocks=count(found, r"down_blocks\.0\.resnets\.(\d{1,3})\."),
         context_dim=context(found),
         vector_dim=vector(found, "add_embedding.linear_1.weight"),
@@ -161,10 +171,14 @@ def ldm_plan(found: Mapping[str, Shape]) -> Plan:
     stages = range(1, max(count(found, r"input_blocks\.(\d{1,3})\."), 2))
     ops = [k for k in stages if holds(found, f"input_blocks.{k}.0.op.")]
     firsts = [1, *(k + 1 for k in ops)]
+    depth = tuple(count(found, rf"input_blocks\.{k}\.1\.{BLOCK}") for k in firsts)
+    more = holds(found, "middle_block.1.") or holds(found, "middle_block.2.")
     return Plan(
         channels=tuple(need(found, f"input_blocks.{k}.0.in_layers.2.weight", 4)[0] for k in firsts),
-        depth=tuple(count(found, rf"input_blocks\.{k}\.1\.{BLOCK}") for k in firsts),
+        depth=depth,
         mid_depth=count(found, rf"middle_block\.1\.{BLOCK}"),
+        plain_mid=not more,
+        hollow=tuple(i for i, k in enumerate(firsts) if not depth[i] and holds(found, f"input_blocks.{k}.1.")),
         blocks=(ops[0] if ops else len(stages) + 1) - 1,
         context_dim=context(found),
         vector_dim=vector(found, "label_emb.0.0.weight"),
@@ -173,10 +187,10 @@ def ldm_plan(found: Mapping[str, Shape]) -> Plan:
     )
 
 
-def context(found: Mapping[str, Shape]) -> int:
-    """The width of a text token, from the first matrix that reads one."""
+def context(found: Mapping[str, Shape]) -> int | None:
+    """The width of a text token, from the first matrix that reads one; None where none does."""
     key = next((key for key in found if key.endswith("transformer_blocks.0.attn2.to_k.weight")), None)
-    return need(found, key or "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight", 2)[1]
+    return None if key is None else need(found, key, 2)[1]
 
 
 def vector(found: Mapping[str, Shape], key: str) -> int | None:
