@@ -111,6 +111,66 @@ EDGES = [
 ]  # fmt: skip
 
 
+class NormCase(NamedTuple):
+    """One call of group_norm: B images of `channels` channels, `pixels` pixels each."""
+
+    name: str
+    why: str
+    batch: int
+    channels: int
+    pixels: tuple[int, ...]
+    groups: int = 32
+    silu: bool = True
+    refs: tuple[int, ...] = ()  # one per image, or none
+    last: bool = False  # channels last in memory
+    mean: float = 0.0  # of x, in deviations
+    size: float = 1.0  # of x
+    layout: str = "dense"  # dense | images, the first half of the channels of wider images | strided, every other pixel
+
+
+NORM_SDXL = [
+    NormCase("norm-128", "SDXL, 128 x 128 pixels, one image, guidance", 2, 320, (128, 128)),
+    NormCase("norm-128-last", "the same, channels last", 2, 320, (128, 128), last=True),
+    NormCase("norm-128-wide", "SDXL's decoder: h and a skip", 2, 960, (128, 128)),
+    NormCase("norm-64", "SDXL, 64 x 64 pixels", 2, 640, (64, 64)),
+    NormCase("norm-64-wide", "SDXL's decoder: h and a skip", 2, 1920, (64, 64)),
+    NormCase("norm-32", "SDXL, 32 x 32 pixels", 2, 1280, (32, 32)),
+    NormCase("norm-32-wide", "SDXL's decoder: h and a skip", 2, 2560, (32, 32)),
+    NormCase("norm-32-last", "SDXL, channels last", 2, 1280, (32, 32), last=True),
+    NormCase("norm-entry", "before a transformer: no SiLU", 2, 640, (64, 64), silu=False),
+    NormCase("norm-four", "four images, guidance", 8, 320, (128, 128)),
+    NormCase("norm-style", "StyleAligned, 4 images, guidance", 8, 320, (128, 128), refs=_FOUR),
+    NormCase("norm-style-64", "StyleAligned, 4 images, guidance", 8, 640, (64, 64), refs=_FOUR),
+    NormCase("norm-style-32", "StyleAligned, 4 images, guidance", 8, 1280, (32, 32), refs=_FOUR),
+    NormCase("norm-vae", "the decoder of pixels, 512 x 512", 1, 128, (512, 512)),
+]
+
+NORM_EDGES = [
+    NormCase("plain", "no SiLU, groups of 10 channels", 2, 40, (8, 8), 4, silu=False),
+    NormCase("silu", "a tile of 256 pixels", 2, 32, (16, 16), 4),
+    NormCase("style", "two references", 4, 16, (12, 12), 4, refs=(0, 0, 2, 2)),
+    NormCase("ragged", "pixels that fill no tile, a reference that is not the first", 3, 20, (9, 7), 4, refs=(2, 2, 2)),
+    NormCase("chain", "a reference with a reference of its own", 3, 8, (5, 5), 4, refs=(0, 0, 1)),
+    NormCase("last", "channels last, 30 of them in a group", 2, 120, (9, 9), 4, last=True),
+    NormCase(
+        "last-style", "channels last, more than a tile, more than a chunk", 2, 96, (17, 16), 32, refs=(0, 0), last=True
+    ),
+    NormCase("long", "a group that one program does not hold", 2, 8, (181, 183), 2, refs=(0, 0)),
+    NormCase("one-pixel", "a group of one image's channels", 2, 32, (1, 1), 8),
+    NormCase("constant", "a group of one number: a deviation of nothing", 2, 6, (1, 1), 6, silu=False),
+    NormCase("line", "three axes", 2, 12, (50,), 3, refs=(1, 1)),
+    NormCase("one-group", "every channel in one group", 2, 24, (6, 6), 1),
+    NormCase("far", "means of 30 deviations", 2, 32, (16, 16), 4, refs=(0, 0), mean=30.0),
+    NormCase("far-last", "means of 30 deviations, channels last", 2, 32, (16, 16), 4, mean=30.0, last=True),
+    NormCase("huge", "activations in the thousands", 2, 32, (16, 16), 4, refs=(0, 0), size=3000.0),
+    NormCase("images", "channels of a wider tensor", 2, 24, (8, 8), 4, layout="images"),
+    NormCase("strided", "every other pixel", 2, 24, (8, 8), 4, refs=(1, 1), layout="strided"),
+]
+
+GATES = [(2, 4096, 5120), (2, 1024, 10240)]  # SDXL's feed-forward layers, at 64 x 64 and at 32 x 32 tokens
+GATE_EDGES = [(2, 7, 18), (5, 600), (3, 2, 5, 34), (9, 1024), (1, 2)]
+
+
 def sources(case: Case, device: torch.device | str = "cpu") -> Sources | None:
     """The sources of a case."""
     if case.sees == "shared":
@@ -148,4 +208,30 @@ def inputs(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", s
         made |= {name: part.transpose(1, 2) for name, part in zip(("q", "k", "v"), wide.split(d, -1), strict=True)}
     if case.adain:
         made["ref"] = torch.tensor(case.refs, dtype=torch.int32, device=device)
+    return made
+
+
+def norm_inputs(
+    case: NormCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> dict[str, Tensor]:
+    """x, weight, bias, the gradient g of the output and, where the case has one, ref; every group has its own mean."""
+    noise = torch.Generator().manual_seed(seed)
+    b, c = case.batch, case.channels
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=noise, dtype=torch.float64)
+
+    x, axes = draw(b, c, *case.pixels), [1] * len(case.pixels)
+    level = (1 + 0.3 * draw(b, case.groups)).repeat_interleave(c // case.groups, 1)
+    x = (x * (0.5 + draw(b, 1).abs()).view(b, 1, *axes) + case.mean * level.view(b, c, *axes)) * case.size
+    made = {"x": x, "weight": 1 + 0.3 * draw(c), "bias": 0.3 * draw(c), "g": draw(b, c, *case.pixels)}
+    made = {name: v.to(device, dtype) for name, v in made.items()}
+    if case.last:
+        made |= {name: made[name].movedim(1, -1).contiguous().movedim(-1, 1) for name in ("x", "g")}
+    if case.layout == "images":
+        made["x"] = torch.cat([made["x"], made["g"]], 1)[:, :c]
+    if case.layout == "strided":
+        made["x"] = made["x"].repeat_interleave(2, -1)[..., ::2]
+    if case.refs:
+        made["ref"] = torch.tensor(case.refs, device=device)
     return made

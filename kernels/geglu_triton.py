@@ -1,4 +1,5 @@
 """Triton kernels of the gate, forward and backward, and their launches."""
+# pyright: reportGeneralTypeIssues=false
 
 from collections.abc import Iterator
 

@@ -1,4 +1,5 @@
 """Triton kernels of GroupNorm and SiLU: one launch for small groups, three for large ones, two backward."""
+# pyright: reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
@@ -109,7 +110,6 @@ def channels_kernel(
     s, b = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     t = tl.arange(0, BLOCK_P)
-    over: tl.constexpr = 0 if LAST else 1
     base = X + b.to(tl.int64) * x_b
     start = s * chunk
     end = tl.minimum(start + chunk, P)
@@ -126,11 +126,11 @@ def channels_kernel(
         squares += away * (x - mean)
     lane = tl.where(start + t < end, (end - start - 1 - t) // BLOCK_P + 1, 0).to(tl.float32)
     count = lane[:, None] if LAST else lane[None, :]
-    total = tl.sum(mean * count, over) / (end - start).to(tl.float32)
+    total = tl.sum(mean * count, 0 if LAST else 1) / (end - start).to(tl.float32)
     off = mean - _spread(total, LAST)
-    squares = tl.sum(squares + count * off * off, over)
+    squares = tl.sum(squares + count * off * off, 0 if LAST else 1)
     to = S + (b.to(tl.int64) * C + c) * tl.num_programs(0) + s
-    first = tl.sum(first, over)
+    first = tl.sum(first, 0 if LAST else 1)
     tl.store(to, first + total, mask=c < C)
     tl.store(to + tl.num_programs(2).to(tl.int64) * C * tl.num_programs(0), squares, mask=c < C)
 
@@ -203,7 +203,6 @@ def sums_kernel(
     s, b = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     t = tl.arange(0, BLOCK_P)
-    over: tl.constexpr = 0 if LAST else 1
     near = c < C
     size = tl.num_programs(2) * (C // CG)
     mean, rstd, _ = _normalisers(STATS, REF, b, c // CG, near, C // CG, size, eps, POOLED)
@@ -224,8 +223,9 @@ def sums_kernel(
         total += g
         weighted += g * unit
     to = S + (b.to(tl.int64) * C + c) * tl.num_programs(0) + s
-    tl.store(to, tl.sum(total, over), mask=near)
-    tl.store(to + tl.num_programs(2).to(tl.int64) * C * tl.num_programs(0), tl.sum(weighted, over), mask=near)
+    half = tl.num_programs(2).to(tl.int64) * C * tl.num_programs(0)
+    tl.store(to, tl.sum(total, 0 if LAST else 1), mask=near)
+    tl.store(to + half, tl.sum(weighted, 0 if LAST else 1), mask=near)
 
 
 @triton.jit

@@ -10,10 +10,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output, laid out as x, and the mean and variance of every group, (2, B, G), from one pass of torch's own."""
     work, like = wide(x), x
-    x, weight, bias = x.to(work), weight.to(work), bias.to(work)
+    x, weight, bias = x.to(work).contiguous(), weight.to(work), bias.to(work)  # channels last, torch squares means
     b, c = x.shape[:2]
-    if x.ndim != 4 or not channels_last(x):
-        x = x.contiguous()
     unit, mean, rstd = torch.native_group_norm(x, None, None, b, c, x[0, 0].numel(), groups, eps)
     stats = torch.stack([mean, rstd.square().reciprocal() - eps])
     if ref is None:
@@ -67,7 +65,7 @@ def backward(
 
 
 def normalisers(stats: Tensor, eps: float, ref: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The mean that is subtracted and the factor that multiplies, of every image and group.  (2, B, G) -> 2 x (B, G)."""
+    """What is subtracted from a group, and what multiplies it then.  (2, B, G) -> 2 x (B, G)."""
     mean, var = stats
     if ref is not None:
         i = ref.long()
@@ -77,7 +75,7 @@ def normalisers(stats: Tensor, eps: float, ref: Tensor | None) -> tuple[Tensor, 
 
 
 def parts(sums: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """The gradients by the mean and, twice, by the variance that a group is normalised with.  (2, B, C) -> (2, B, G)."""
+    """The gradients by the mean and, twice, by the variance of a group as it was used.  (2, B, C) -> (2, B, G)."""
     total, weighted = (sums * weight).unflatten(-1, (rstd.shape[-1], -1)).sum(-1)
     return torch.stack([-rstd * total, -rstd.square() * weighted])
 

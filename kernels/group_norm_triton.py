@@ -9,9 +9,9 @@ from torch import Tensor
 from .builds import Build, launch
 from .group_norm_kernels_triton import (
     apply_kernel,
+    channels_kernel,
     gradient_kernel,
     merge_kernel,
-    channels_kernel,
     sums_kernel,
     whole_kernel,
 )

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import geglu as gate
+from ..kernels import group_norm as norm
 from ..kernels import reference
 from ..kernels.device import HALF, takes_triton
 from ..kernels.source_attention import WIDEST, source_attention
@@ -81,7 +83,37 @@ def group_norm(
 
     (B, C, H, W) -> (B, C, H, W).
     """
+    if ref is None:
+        return reference.group_norm(x, weight, bias, groups, eps, silu)
+    return norm.group_norm(x, weight, bias, groups, eps, silu, ref)
+
+
+def joined_group_norm(
+    site: Site,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    ref: Tensor | None = None,
+) -> Tensor:
+    """`group_norm` with both images side by side in memory."""
     return reference.group_norm(x, weight, bias, groups, eps, silu, ref)
+
+
+def triton_group_norm(
+    site: Site,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    ref: Tensor | None = None,
+) -> Tensor:
+    """`group_norm` by its kernels where they take the inputs, and by torch where they do not."""
+    return norm.group_norm(x, weight, bias, groups, eps, silu, ref)
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -111,10 +143,10 @@ class Ops:
 
 
 TORCH = Ops()
-JVP = Ops(attend=softmax_attend)  # for torch.func.jvp: torch's fused attention has no forward-mode derivative
+JVP = Ops(softmax_attend, joined_group_norm)  # for torch.func.jvp: fused attention has no forward-mode derivative
 
 
 def triton() -> Ops:
-    """`attend` by Triton on Nvidia devices since Ampere, in half precision, for heads up to 128; every other verb, and
-    attention anywhere else, by torch."""
-    return Ops(attend=triton_attend)
+    """`attend`, `group_norm` and `geglu` by Triton on Nvidia devices since Ampere, attention in half precision and for
+    heads up to 128; the other verbs, and all of them anywhere else, by torch."""
+    return Ops(triton_attend, triton_group_norm, gate.geglu)

@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 
 import triton
-from diaphane.kernels import adain_triton, source_attention_triton
+from diaphane.kernels import adain_triton, geglu_triton, group_norm_triton, source_attention_triton
 from diaphane.kernels.builds import SHARED, Build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = (adain_triton, source_attention_triton)  # each has builds(architecture)
+MODULES = (adain_triton, source_attention_triton, group_norm_triton, geglu_triton)  # each has builds(architecture)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -42,6 +42,7 @@ def compiled(build: Build, arch: int) -> dict:
         "limit": SHARED[arch],
         "tensor": len(re.findall(r"\bHGMMA" if arch >= 90 else r"\bHMMA", instructions)),
         "wants_tensor": build.tensor_cores,
+        "wide": len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.\S*128", instructions)),
     }
 
 

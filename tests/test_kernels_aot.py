@@ -11,6 +11,11 @@ from diaphane.kernels.device import TRITON_INSTALLED
 
 pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")
 
+STREAMS = {
+    *("whole_kernel", "channels_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"),
+    *("geglu_kernel", "geglu_gradient_kernel"),
+}
+
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
 def builds(request, tmp_path_factory) -> list[dict]:
@@ -27,11 +32,21 @@ def builds(request, tmp_path_factory) -> list[dict]:
 
 def test_every_kernel_is_compiled(builds):
     kernels = {build["name"].split()[0] for build in builds}
-    assert kernels == {"stats_kernel", "affine_kernel", "moments_kernel", "forward", "queries", "keys"}
+    assert kernels == {
+        *("stats_kernel", "affine_kernel", "moments_kernel", "forward", "queries", "keys"),
+        *("whole_kernel", "channels_kernel", "merge_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"),
+        *("geglu_kernel", "geglu_gradient_kernel"),
+    }
 
 
 def test_no_configuration_spills_registers(builds):
     assert [b for b in builds if b["stack"] or b["spills"]] == []
+
+
+def test_what_only_moves_memory_moves_16_bytes_at_a_time(builds):
+    moving = [b for b in builds if b["name"].split()[0] in STREAMS]
+    assert len(moving) >= len(STREAMS)
+    assert [b for b in moving if b["wide"] == 0] == []
 
 
 def test_shared_memory_is_within_the_limit_of_every_card(builds):
