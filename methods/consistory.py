@@ -131,6 +131,7 @@ class Told:
 class Heard:
     """What one call of the network lets be heard."""
 
+    keep_maps: bool = True
     keep_queries: bool = False
     keep_pools: bool = False
     keep_outputs: bool = False
@@ -154,7 +155,7 @@ def consistory(ops: Ops, where: Places, told: Told, heard: Heard) -> Ops:
         site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, seen: Seen | None = None
     ) -> Tensor:
         level = where.level[site.stage]
-        if site.kind == "cross" and level == where.maps:
+        if heard.keep_maps and site.kind == "cross" and level == where.maps:
             heard.maps.append(token_maps(q[-n:], k[-n:], told.tokens, None if bias is None else bias[-n:]))
         if site.kind != "self" or not site.stage.startswith("dec"):
             return ops.attend(site, q, k, v, bias, seen)

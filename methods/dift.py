@@ -32,7 +32,7 @@ def smoothed(feature: Tensor) -> Tensor:
 class Matches(NamedTuple):
     """For every pixel of B targets the nearest pixel of each of S sources."""
 
-    index: Tensor  # int64 (B, S, N)  a pixel of the source
+    pixel: Tensor  # int64 (B, S, N)  a pixel of the source
     distance: Tensor  # (B, S, N)     1 - cosine; 2 where a source has no subject; inf where it is not to be read
 
 
@@ -62,7 +62,7 @@ def plan(found: Matches, mask: Tensor) -> Plan:
     """The best source of every pixel, trusted inside the target's mask, bool (B, N), where it is nearer than tau."""
     best = found.distance.argmin(1, keepdim=True)
     distance = found.distance.gather(1, best)[:, 0]
-    row = best[:, 0] * mask.shape[1] + found.index.gather(1, best)[:, 0]
+    row = best[:, 0] * mask.shape[1] + found.pixel.gather(1, best)[:, 0]
     threshold = otsu(distance)
     return Plan(row, mask & (distance < threshold[:, None]), threshold)
 

@@ -21,6 +21,7 @@ from diaphane.samplers.schedule import Schedule
 from torch import Tensor
 
 from . import golden_consistory_parts as pieces
+from . import golden_consistory_runs as runs
 from .golden_latent import parts, within
 from .golden_reader import Case, Entry, Folder, unclaimed, unknown
 
@@ -30,21 +31,15 @@ def inversion_cases(folder: Folder, stem: str) -> list[Case]:
     return [Case(stem, inversion, folder, stem, frozenset(folder.tensors(stem)), folder.entry(stem))]
 
 
-def later(folder: Folder, stem: str) -> list[Case]:
-    """A case that is not compared yet."""
-    claims = frozenset(folder.tensors(stem))
-    return [Case(stem, lambda case: None, folder, stem, claims, folder.entry(stem), skip="needs ConsiStory")]
-
-
 KINDS: dict[str, Callable[[Folder, str], list[Case]]] = {
     "masks": pieces.mask_cases,
     "sdsa_attention": pieces.attention_cases,
     "query_blend": pieces.blend_cases,
     "dift_injection": pieces.dift_cases,
-    "unet_sdsa": later,
-    "run_batch": later,
-    "run_cached": later,
-    "run_instance": later,
+    "unet_sdsa": runs.unet_cases,
+    "run_batch": runs.run_cases,
+    "run_cached": runs.run_cases,
+    "run_instance": runs.run_cases,
     "edit_friendly_inversion": inversion_cases,
 }
 

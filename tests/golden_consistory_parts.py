@@ -303,7 +303,7 @@ def compare_matches(case: Case, at: str, start: str, side: int, found: Any, subj
     if case.has(name):
         theirs = case.input(name).long()
         used = (theirs >= 0) & subject[None, :, None] & found.distance.isfinite()
-        wrong = float(((found.index != theirs) & used).float().mean())
+        wrong = float(((found.pixel != theirs) & used).float().mean())
         assert wrong <= allowed, f"{case.stem}: {name}: {wrong:.2%} differ"
     name = f"{at}{start}nn_dist_{side}"
     if case.has(name):
