@@ -13,6 +13,8 @@ COMMANDS = {
     "generate": "pictures from text, in a picture, beside a hint: Stable Diffusion XL, 1 and 2",
     "instant-style": "text in the style of pictures, at the blocks that make style (InstantStyle, IP-Adapter)",
     "probe": "what each block does with a picture, drawn and measured (InstantStyle, figure 7)",
+    "style-align": "pictures of several texts in one style, the first's or a given picture's (StyleAligned)",
+    "panorama": "pictures wider than the model's own, by overlapping windows, with styles across them (MultiDiffusion)",
     "tokens": "how a prompt is cut into tokens, and where it ends",
     "sample": "pictures from noise: DDIM or DDPM",
     "invert": "picture -> noise -> picture, and how well it came back",

@@ -21,7 +21,19 @@ from .errors import CommandError, Differs, line
 from .output import replace
 from .session import Made, Session, content, encoded
 
-MAKERS = ("generate", "instant-style", "probe", "sample", "invert", "diffstyle", "asyrp", "correlation", "demo")
+MAKERS = (
+    "generate",
+    "instant-style",
+    "probe",
+    "style-align",
+    "panorama",
+    "sample",
+    "invert",
+    "diffstyle",
+    "asyrp",
+    "correlation",
+    "demo",
+)
 
 
 def parser() -> options.Parser:

@@ -1,0 +1,173 @@
+"""`diaphane style-align`: pictures of several texts in one style, the first's or a given picture's."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..methods import text_to_image as t2i
+from ..methods.prompt import Prompt, beside
+from ..methods.style_reference import Trajectory, transferred
+from ..methods.style_targets import TargetControl
+from ..samplers.inversion import last
+from ..samplers.noise import seeded
+from . import generate, latents, options, styles
+from .draw import picture, said, walk_of
+from .errors import CommandError
+from .images import to_picture
+from .session import Made, Session, produce
+from .sheet import grid
+
+LOAD = styles.loaded
+ABOUT = """\
+Draw several texts in one style (StyleAligned, Hertz et al. 2024).
+
+The pictures are drawn together.  In every self-attention each sees the keys and values of the first, the reference,
+besides its own, and its queries and keys take the reference's statistics (AdaIN): equations 4 and 5.  The reference
+is the first text's picture, or --reference PICTURE, which is inverted first and shown to the others at every step.
+It does not depend on the others, so that any number of them is drawn, --batch at a time beside it.
+"""
+EXAMPLES = """\
+examples:
+  diaphane style-align "a toy train" "a toy aeroplane" "a toy boat" --style "macro photo, 3d game asset" --model FOLDER
+  diaphane style-align "a cat" "a piano" --style "medieval painting" --model FOLDER \\
+      --reference painting.jpg --reference-prompt "a man lying in a bed, medieval painting"
+  diaphane style-align "a house" "a tree" --style "in pencil" --model FOLDER --control d.png --control-model DEPTH
+  diaphane style-align --prompts lines.txt --n 4 --model FOLDER --batch 2 --out out/set --resume
+"""
+
+
+def parser() -> options.Parser:
+    """The command's options."""
+    p = options.Parser("style-align", description=ABOUT, epilog=EXAMPLES)
+    p.add_argument("prompt", nargs="*", help="what to draw; the first is the reference, unless --reference is given")
+    p.add_argument("--prompts", metavar="FILE", help="one prompt a line, in place of prompts; empty lines are left out")
+    p.add_argument("--style", help='told after every prompt: "PROMPT, STYLE."')
+    p.add_argument("--n", type=options.whole(1, 100_000), default=1, help="pictures of each prompt (default: 1)")
+    p.add_argument("--reference", metavar="PICTURE", help="whose style; cropped and resized to the size")
+    p.add_argument("--reference-prompt", metavar="TEXT", help="what --reference shows, and its style")
+    styles.options_of(p)
+    generate.sampling(p, steps=50, sampler="ddim", guidance=None)
+    p.add_argument("--control", nargs="+", metavar="PICTURE", help="hints of --control-model, for the targets: one for "
+                   "all or one for each")  # fmt: skip
+    p.add_argument("--control-scale", type=options.real(0, 10), default=1.0, help="(default: 1)")
+    latents.options(p)
+    generate.running(p, "style-align", batch=3)
+    return p
+
+
+@dataclass(frozen=True)
+class Set:
+    """What is to be drawn: the reference's text, then the targets', with names, and what they have in common."""
+
+    texts: list[str]
+    names: list[str]
+    size: tuple[int, int]
+    style: styles.Style
+    hints: Tensor | None  # (1 or targets, 3, H, W)
+    references: Trajectory | None
+
+
+def texts_of(args: argparse.Namespace, session: Session) -> list[str]:
+    """The reference's text, then the targets'.  Raises CommandError where there are none."""
+    if bool(args.prompt) == bool(args.prompts):
+        raise CommandError("give prompts, or --prompts FILE, and not both")
+    if args.reference_prompt is not None and not args.reference:
+        raise CommandError("--reference-prompt says what --reference shows: give --reference")
+    one = argparse.Namespace(prompt=None, prompts=args.prompts)
+    texts = args.prompt or generate.prompts(one, session)
+    texts = [f"{text}, {args.style}." if args.style else text for text in texts]
+    if args.reference:
+        return [args.reference_prompt or "", *(text for text in texts for _ in range(args.n))]
+    if len(texts) * args.n < 2:
+        raise CommandError("one picture has no other to be like: give a second prompt, --n, or --reference PICTURE")
+    return [text for text in texts for _ in range(args.n)]
+
+
+def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> Set:
+    """Everything that can be wrong, found before any picture is begun."""
+    texts, size = texts_of(args, session), generate.sizes(args, net)
+    style = styles.style_of(args, net, bool(args.reference))
+    if bool(args.control) != bool(net.control):
+        raise CommandError("--control is a hint of --control-model: give both")
+    if args.control and len(args.control) not in (1, len(texts) - 1):
+        raise CommandError(f"--control: one for all, or one for each of {len(texts) - 1} targets; got "
+                           f"{len(args.control)}")  # fmt: skip
+    hints = [(picture(session, name, size) + 1) / 2 for name in args.control or ()]
+    stacked = torch.cat(hints) if hints else None
+    references = None
+    if args.reference:
+        _, path = walk_of(args, net, seeded([args.seed]))
+        latents_ = styles.pictured(args, session, net, style, args.reference, texts[0], path, size)
+        references = Trajectory(latents_, path, style.offset)
+    names = ["reference.png", *(f"{i:04d}.png" for i in range(1, len(texts)))]
+    return Set(texts, names, size, style, stacked, references)
+
+
+def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
+    """The reference and the targets, then a sheet of all of them."""
+    net: Any = session.net
+    plan = planned(args, session, net)
+    for line in net.loras if session.wanted is None else ():
+        session.say(line)
+    drawn: list[Image.Image] = []
+    told = argparse.Namespace(**vars(args) | {"guidance": plan.style.guidance, "init": None})
+    count = len(plan.texts)
+    for start in range(1, count, args.batch):
+        rows = list(range(start, min(start + args.batch, count)))
+        mine = [0, *rows] if start == 1 else rows
+        if not session.wants("sheet.png", *(plan.names[i] for i in mine)):
+            continue
+        jobs = {i: (plan.names[i], plan.texts[i]) for i in mine}
+        kept = {i: generate.finished(args, net, jobs[i], args.seed + i) if args.resume else None for i in mine}
+        if all(kept.values()):
+            drawn += [one for one in kept.values() if one]
+            continue
+        x = walked(args, session, net, plan, rows)
+        with net.on(net.parts.vae):
+            pictures = t2i.pictures(net.parts.vae, x if start == 1 else x[1:])
+        for i, row in zip(mine, pictures, strict=True):
+            drawn.append(kept[i] or to_picture(row))
+            if kept[i] is None:
+                words = generate.parameters(told, net, plan.texts[i], args.seed + i, plan.size)
+                yield session.made(plan.names[i], drawn[-1], seed=args.seed + i, prompt=plan.texts[i], parameters=words)
+    if session.wants("sheet.png"):
+        way = f"reference: {args.reference}" if args.reference else "first: the reference"
+        title = f"StyleAligned, {count - 1} targets, {args.steps} steps, guidance {plan.style.guidance:g}; {way}"
+        yield session.made("sheet.png", grid(drawn[:64], title=title))
+
+
+def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan: Set, rows: list[int]) -> Tensor:
+    """The latents of the reference and of some targets."""
+    refs = [0] * (1 + len(rows))
+    texts = [plan.texts[i] for i in rows]
+    prompts = together(said(args, net, plan.texts[:1]), said(args, net.for_targets, texts))
+    noise = seeded([args.seed, *(args.seed + i for i in rows)])
+    walk, path = walk_of(args, net, noise)
+    with net.on(net.parts.unet, net.control):
+        controls = []
+        if net.control is not None and plan.hints is not None:
+            hint = plan.hints if len(plan.hints) == 1 else plan.hints[[i - 1 for i in rows]]
+            controls = [TargetControl(net=net.control, hint=hint, scale=args.control_scale, refs=refs)]
+        denoise = styles.denoiser(args, net, net.unet(refs), prompts, plan.size, plan.style.guidance,
+                                  controls=controls, ops=plan.style.ops(refs, net.device))  # fmt: skip
+        x = t2i.pure_noise(net.parts, noise, plan.size, len(refs))
+        if plan.references is None:
+            steps = walk(denoise, x, net.schedule, path)
+        else:
+            steps = transferred(walk, denoise, x, net.schedule, path, plan.references)
+        return last(session.progress(steps, len(path) - 1, f"picture {rows[0]} ... {rows[-1]}")).x
+
+
+def together(*pairs: tuple[Prompt, Prompt]) -> tuple[Prompt, Prompt]:
+    """Texts and negative texts of several sets of rows as those of one."""
+    return beside(*(positive for positive, _ in pairs)), beside(*(negative for _, negative in pairs))
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the command."""
+    return produce("style-align", parser(), make, argv, load=LOAD)
