@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
         for entry in CATALOGUE.values():
             size = f"{entry.megabytes} MB" if entry.megabytes else ""
             where = f"{entry.repo or entry.url or ''} {entry.file}"
-            print(line(f"{entry.name:32}{entry.status:12}{entry.family:8}{size:9}{where}"))
+            print(line(f"{entry.name:32}{entry.status:12}{entry.family:12}{size:9}{where}"))
         return 0
     path = weights_load.find(args.name, args.file, args.revision)
     print(line(path))

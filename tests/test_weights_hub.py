@@ -150,6 +150,15 @@ def test_dead_links_and_files_to_be_fetched_by_hand_say_so():
         load("p2-ffhq")
 
 
+LAYOUTS = {
+    "ddpm": ("ho", "diffusers"),
+    "adm": ("guided", "adm-diffusers"),
+    "ddpmpp": ("score-sde",),
+    "ip_adapter": ("ip-adapter",),
+    "clip_vision": ("transformers",),
+}
+
+
 def test_the_catalogue_is_consistent():
     assert len(CATALOGUE) == len(ENTRIES)
     for entry in ENTRIES:
@@ -157,10 +166,7 @@ def test_the_catalogue_is_consistent():
         assert entry.mirror is None or entry.mirror in CATALOGUE
         assert entry.status in ("alive", "dead", "unverified")
         assert entry.repo is None or hub.is_repo(entry.repo)
-        assert (
-            entry.layout
-            in {"ddpm": ("ho", "diffusers"), "adm": ("guided", "adm-diffusers"), "ddpmpp": ("score-sde",)}[entry.family]
-        )
+        assert entry.layout in LAYOUTS[entry.family]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x/y", "a/b/c", "a b/c", "./a", "a/", "", "ä/b"])

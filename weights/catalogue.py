@@ -1,4 +1,4 @@
-"""The public pixel networks there are: where, in which layout, under which licence, and which links are dead.
+"""Public pixel networks and image prompts: where they are, in which layout, their licence, and which links are dead.
 
 Nothing here was measured by downloading it: sizes are as listed (MB); a sha256 is given where one is published.
 """
@@ -12,8 +12,8 @@ class Entry:
     """One public weight file."""
 
     name: str
-    family: str  # ddpm | adm | ddpmpp
-    layout: str  # ho | diffusers | guided | adm-diffusers | score-sde
+    family: str  # ddpm | adm | ddpmpp | ip_adapter | clip_vision
+    layout: str  # ho | diffusers | guided | adm-diffusers | score-sde | ip-adapter | transformers
     file: str  # its name there; with a * where the name was not seen
     repo: str | None = None  # on the Hub
     url: str | None = None  # elsewhere: to be downloaded by hand
@@ -44,6 +44,18 @@ def google(name: str, **more: Any) -> Entry:
 def pixel(name: str, family: str, layout: str, file: str, **more: Any) -> Entry:
     """An entry in the order of the table below."""
     return Entry(name=name, family=family, layout=layout, file=file, **more)
+
+
+def prompting(name: str, folder: str, megabytes: int, **more: Any) -> Entry:
+    """One of the IP-Adapter authors' files."""
+    fields = {"file": f"{folder}/{name}.safetensors", "family": "ip_adapter", "layout": "ip-adapter"} | more
+    return Entry(name=name, repo="h94/IP-Adapter", megabytes=megabytes, licence="apache-2.0", **fields)
+
+
+def encoding(name: str, folder: str, megabytes: int, note: str) -> Entry:
+    """An image encoder beside them."""
+    file = f"{folder}/image_encoder/model.safetensors"
+    return prompting(name, folder, megabytes, file=file, family="clip_vision", layout="transformers", note=note)
 
 
 ENTRIES = (
@@ -102,5 +114,19 @@ ENTRIES = (
           note="Google Drive, linked from the page"),
     pixel("ddpmpp-cifar10-deep", "ddpmpp", "score-sde", "vp/cifar10_ddpmpp_deep/*.pth",
           url=SCORE_SDE, note="Google Drive, linked from the page"),
+    prompting("ip-adapter_sdxl", "sdxl_models", 703, note="linear, reads CLIP bigG; InstantStyle's own"),
+    prompting("ip-adapter_sdxl_vit-h", "sdxl_models", 698, note="linear, reads CLIP ViT-H",
+              sha256="ebf05d918348aec7abb02a5e9ecef77e0aaea6914a5c4ea13f50d45eb1681831"),
+    prompting("ip-adapter-plus_sdxl_vit-h", "sdxl_models", 848, note="Plus, reads CLIP ViT-H",
+              sha256="3f5062b8400c94b7159665b21ba5c62acdcd7682262743d7f2aefedef00e6581"),
+    prompting("ip-adapter-plus-face_sdxl_vit-h", "sdxl_models", 848, note="Plus, of faces, reads CLIP ViT-H"),
+    prompting("ip-adapter_sd15", "models", 45, note="linear, reads CLIP ViT-H"),
+    prompting("ip-adapter_sd15_light", "models", 45, note="linear, leaves more to the text, reads CLIP ViT-H"),
+    prompting("ip-adapter_sd15_vit-G", "models", 46, note="linear, reads CLIP bigG"),
+    prompting("ip-adapter-plus_sd15", "models", 98, note="Plus, reads CLIP ViT-H"),
+    prompting("ip-adapter-plus-face_sd15", "models", 98, note="Plus, of faces, reads CLIP ViT-H"),
+    prompting("ip-adapter-full-face_sd15", "models", 44, note="full, of faces, reads CLIP ViT-H"),
+    encoding("ip-adapter-encoder-bigg", "sdxl_models", 3690, "CLIP bigG's tower for pictures"),
+    encoding("ip-adapter-encoder-h", "models", 2528, "CLIP ViT-H's tower for pictures"),
 )  # fmt: skip
 CATALOGUE = {entry.name: entry for entry in ENTRIES}
