@@ -14,7 +14,7 @@ from ..methods.taps import invert
 from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.path import papers
-from . import options
+from . import options, text_network
 from .directions import Direction, edit, files, from_file, of_decoder, of_samples, of_sets, saved, watching
 from .errors import CommandError
 from .images import to_picture
@@ -37,6 +37,7 @@ both halves would cancel.  A direction Δh comes from
 Every direction gets a strip: the pictures down the side, the multiples of --strip along the top.  With
 --scale W1 W2 ... (one for each direction, in the order above) the directions are added up into one edit.
 """
+LOAD = text_network.loaded
 EXAMPLES = """\
 example:
   diaphane asyrp --pca 3
@@ -74,6 +75,7 @@ def parser() -> options.Parser:
     options.timestep(p, "--t-boost", 0, "fresh noise below this timestep (quality boosting)")
     p.add_argument("--save-direction", metavar="FILE", help="also write the directions, as safetensors, for --delta")
     options.pictures(p)
+    text_network.options(p)
     return p
 
 
@@ -136,10 +138,10 @@ def start(args: argparse.Namespace, session: Session) -> tuple[Tensor, int]:
     """Where the walks begin: x_T of the pictures' inversions, or noise."""
     net, parts = session.net, []
     if not args.image:
-        shape = (args.n, net.channels, net.side, net.side)
+        shape = (args.n, *net.shape)
         noise = seeded([args.seed + i for i in range(args.n)])
         return noise(torch.empty(shape, device=net.device, dtype=net.dtype)), args.n
-    pictures = session.pictures(args.image, resize=not args.no_resize)
+    pictures = net.encode(session.pictures(args.image, resize=not args.no_resize))
     for batch in session.batches(len(pictures)):
         parts.append(invert(net.unet, pictures[batch.start : batch.stop], net.schedule, papers(args.steps),
                             embed=net.embed, watch=watching(session, args.steps - 1, "invert")).x_T)  # fmt: skip
@@ -185,9 +187,9 @@ def edited(
         noise=noise,
         embed=net.embed,
     )
-    return last(session.progress(walk, args.steps, f"edit with {chosen[0].name}")).x
+    return net.decode(last(session.progress(walk, args.steps, f"edit with {chosen[0].name}")).x)
 
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    return produce("asyrp", parser(), make, argv)
+    return produce("asyrp", parser(), make, argv, load=LOAD)

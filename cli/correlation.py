@@ -12,7 +12,7 @@ from ..methods.correlation import Correlations, correlations
 from ..methods.taps import Tap, tapped
 from ..samplers.noise import seeded
 from ..samplers.path import papers, upward
-from . import options
+from . import options, text_network
 from .errors import CommandError
 from .plot import plot
 from .session import Made, Session, produce
@@ -28,6 +28,7 @@ decoder joins to h first:
 The paper's argument for slerp: the decoder knows r_homo, and slerp at equal norm keeps it exactly.
 Writes correlation.csv and correlation.png.
 """
+LOAD = text_network.loaded
 EXAMPLES = """\
 example:
   diaphane correlation --n 32
@@ -43,13 +44,17 @@ def parser() -> options.Parser:
     p.add_argument("--gamma", type=options.real(0, 2), default=0.3, help="how much is mixed for r_alt (default: 0.3)")
     options.steps(p, what="DDIM steps", low=2)
     options.pictures(p)
+    text_network.options(p)
     return p
 
 
 def together(walks: Sequence[Iterator[Tap]]) -> Iterator[Tap]:
-    """Batches walked in step, as one tap each of all pictures; h and the last skip only."""
+    """Batches walked in step, as one tap each of all pictures; h and the last skip only, under guidance the text's."""
     for taps in zip(*walks, strict=True):
-        h, g = torch.cat([tap.h for tap in taps]), torch.cat([tap.skips[-1] for tap in taps])
+        h, g = (
+            torch.cat([v[-len(tap.step.x) :] for tap, v in zip(taps, kept, strict=True)])
+            for kept in ([tap.h for tap in taps], [tap.skips[-1] for tap in taps])
+        )
         yield Tap(taps[0].step, h, [g])
 
 
@@ -57,10 +62,10 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     """The table, then the plot."""
     net, path = session.net, papers(args.steps)
     if args.image:
-        x, path = session.pictures(args.image, resize=not args.no_resize), upward(path)
+        x, path = net.encode(session.pictures(args.image, resize=not args.no_resize)), upward(path)
     else:
         x = seeded([args.seed + i for i in range(args.n)])(
-            torch.empty(args.n, net.channels, net.side, net.side, device=net.device, dtype=net.dtype)
+            torch.empty(args.n, *net.shape, device=net.device, dtype=net.dtype)
         )
     if len(x) < 3:
         raise CommandError(f"a correlation needs at least 3 pictures; got {len(x)}")
@@ -91,4 +96,4 @@ def table(rows: Sequence[Correlations]) -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    return produce("correlation", parser(), make, argv)
+    return produce("correlation", parser(), make, argv, load=LOAD)

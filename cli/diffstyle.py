@@ -13,7 +13,7 @@ from ..methods.taps import Inverted, invert
 from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.path import papers
-from . import options
+from . import options, text_network
 from .errors import CommandError
 from .images import to_picture
 from .session import Made, Session, produce
@@ -33,6 +33,7 @@ come back.
 Every content goes into every style.  With as many --mask as --content, all contents go together into
 each style, each where its mask is white (local mixing); one --mask holds for every content.
 """
+LOAD = text_network.loaded
 EXAMPLES = """\
 example:
   diaphane diffstyle --content cat.png --style dog.png --gamma 0.6
@@ -54,6 +55,7 @@ def parser() -> options.Parser:
     options.steps(p, "--n-inv", what="steps of the inversion", low=2)
     options.steps(p, "--n-gen", what="steps of the generation")
     options.pictures(p)
+    text_network.options(p)
     return p
 
 
@@ -84,7 +86,7 @@ def inverted(pictures: Tensor, args: argparse.Namespace, session: Session, what:
     """x_T and h on the way for all pictures, --batch at a time."""
     net, path, parts = session.net, papers(args.n_inv), []
     for batch in session.batches(len(pictures)):
-        x0 = pictures[batch.start : batch.stop]
+        x0 = net.encode(pictures[batch.start : batch.stop])
         parts.append(invert(net.unet, x0, net.schedule, path, embed=net.embed,
                             watch=lambda taps: session.progress(taps, args.n_inv - 1, f"invert {what}")))  # fmt: skip
     return Inverted(torch.cat([p.x_T for p in parts]), {t: torch.cat([p.h[t] for p in parts]) for t in parts[0].h})
@@ -122,7 +124,7 @@ def walk(
         noise=seeded([args.seed + first + i for i in range(len(jobs))]),
         embed=net.embed,
     )
-    return last(session.progress(steps, args.n_gen, f"inject {len(jobs)} pairs")).x
+    return net.decode(last(session.progress(steps, args.n_gen, f"inject {len(jobs)} pairs")).x)
 
 
 def overview(
@@ -146,4 +148,4 @@ def overview(
 
 def run(argv: Sequence[str]) -> int:
     """Run the command."""
-    return produce("diffstyle", parser(), make, argv)
+    return produce("diffstyle", parser(), make, argv, load=LOAD)

@@ -15,6 +15,7 @@ from ..methods.asyrp import DeltaF, Edit
 from ..methods.delta import delta_block
 from ..methods.directions import jacobian, mean_difference, pca
 from ..methods.taps import closest, invert, tapped
+from ..methods.taps import rows as over
 from ..model.blocks import Cond
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import times
@@ -40,10 +41,11 @@ class Direction(NamedTuple):
         if self.values is None:
             assert self.f is not None
             return fitting(self.f(h, c.emb), h, self.name)
-        value = closest(t, self.values)
+        value, n = closest(t, self.values), len(rows)
         if 1 < len(value) <= max(rows):
             raise CommandError(f"{self.name} is for {len(value)} pictures; there are more")
-        return fitting(value if len(value) == 1 else value[rows], h, self.name).to(h)
+        delta = fitting(value if len(value) == 1 else value[rows], h[:n], self.name).to(h)
+        return over(delta, len(h))  # both halves under guidance
 
 
 def fitting(delta: Tensor, h: Tensor, name: str) -> Tensor:
@@ -59,7 +61,7 @@ def edit(directions: Sequence[Direction], weights: Sequence[Tensor], rows: list[
     def edited(h: Tensor, t: int, c: Cond) -> Tensor:
         out = h
         for direction, weight in zip(directions, weights, strict=True):
-            out = out + weight.to(h) * direction(h, t, c, rows)
+            out = out + over(weight.to(h), len(h)) * direction(h, t, c, rows)
         return out
 
     return edited
@@ -129,11 +131,12 @@ def of_sets(sources: Sequence[str], targets: Sequence[str], args: argparse.Names
     """Mean h of the second set's inversions minus mean h of the first's, by timestep."""
     net, means = session.net, []
     for what, paths in (("set A", sources), ("set B", targets)):
-        pictures, sums = session.pictures(paths, resize=not args.no_resize), dict[int, Tensor]()
+        pictures, sums = net.encode(session.pictures(paths, resize=not args.no_resize)), dict[int, Tensor]()
         for batch in session.batches(len(pictures)):
             held = invert(net.unet, pictures[batch.start : batch.stop], net.schedule, papers(args.steps),
                           embed=net.embed, watch=watching(session, args.steps - 1, f"invert {what}")).h  # fmt: skip
-            sums = {t: sums.get(t, 0) + h.sum(0, keepdim=True) for t, h in held.items()}
+            n = len(batch)  # under guidance, the text's half
+            sums = {t: sums.get(t, 0) + h[-n:].sum(0, keepdim=True) for t, h in held.items()}
         means.append({t: total / len(pictures) for t, total in sums.items()})
     return Direction("set A to set B", mean_difference(means[0], means[1]))
 
@@ -149,9 +152,10 @@ def of_samples(k: int, args: argparse.Namespace, session: Session) -> list[Direc
         raise CommandError(f"no timestep of {args.steps} steps lies at or above --t-edit {args.t_edit}")
     for batch in session.batches(args.pca_samples):
         noise = seeded([args.seed + FIRST_SAMPLE + i for i in batch])
-        x = noise(torch.empty(len(batch), net.channels, net.side, net.side, device=net.device, dtype=net.dtype))
+        x = noise(torch.empty(len(batch), *net.shape, device=net.device, dtype=net.dtype))
         taps = tapped(net.unet, x, net.schedule, down[: len(kept) + 1], embed=net.embed)
-        walks.append(torch.stack([tap.h for tap in session.progress(taps, len(kept), "samples for PCA")], dim=1))
+        walked = session.progress(taps, len(kept), "samples for PCA")
+        walks.append(torch.stack([tap.h[-len(batch) :] for tap in walked], dim=1))
     found = pca(torch.cat(walks).float(), k)
     lengths = found.variances.sqrt()
     return [
@@ -170,10 +174,11 @@ def of_decoder(k: int, x_T: Tensor, args: argparse.Namespace, session: Session) 
         taps = tapped(net.unet, x, net.schedule, down[: down.index(stop) + 1], embed=net.embed)
         for tap in session.progress(taps, down.index(stop), "to the Jacobian's timestep"):
             x = tap.step.x
-        c = net.embed(times(stop, x))
-        deep, skips = net.unet.encode(x, c)
-        h = net.unet.middle(deep, c)
-        found = jacobian(net.unet, h, skips, c, k=k, iterations=args.iterations, seed=args.seed)
+        unet, embed = net.unguided
+        c = embed(times(stop, x))
+        deep, skips = unet.encode(x, c)
+        h = unet.middle(deep, c)
+        found = jacobian(unet, h, skips, c, k=k, iterations=args.iterations, seed=args.seed)
         parts.append(found.directions * torch.linalg.vector_norm(h, dim=(1, 2, 3), keepdim=True))
     return [Direction(f"singular vector {i + 1}", {stop: row}) for i, row in enumerate(torch.cat(parts, dim=1))]
 

@@ -53,6 +53,24 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype  # of pictures and walks
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of x."""
+        return self.channels, self.side, self.side
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) in [-1, 1] -> x_0, of which walks are."""
+        return pictures
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x_0 -> pictures."""
+        return x
+
+    @property
+    def unguided(self) -> tuple[ThreeLists, Embed]:
+        """The network without guidance, and what conditions it."""
+        return self.unet, self.embed
+
     def denoise(self, *, variance: bool = False) -> Denoise:
         """The network as samplers see it."""
         return denoiser(self.unet, self.embed, variance=variance)
