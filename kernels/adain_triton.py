@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .adain import token_major
+from .adain import rows, token_major
 from .builds import Build, block, launch
 
 WARPS, TILE = 8, 4096  # elements of a tile
@@ -96,11 +96,6 @@ def moments_kernel(
     at = S + (b * H + h) * D + d
     tl.store(at, total, mask=d < D)
     tl.store(at + tl.num_programs(1) * H * D, weighted, mask=d < D)
-
-
-def rows(x: Tensor) -> Tensor:
-    """x with its channels next to each other, copied only where they are not."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def token_stats(q: Tensor, k: Tensor | None, eps: float) -> Tensor:

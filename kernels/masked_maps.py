@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .adain import accumulator, token_major
+from .adain import accumulator, rows, token_major
 from .device import HALF, refuse, takes_triton
 from .source_attention import WIDEST
 
@@ -92,7 +92,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor | None, tokens: Tensor, scale: floa
     if outside.any():
         known = f"0 to {k.shape[2] - 1}, or -1 for none"
         raise ValueError(f"a token is one of the keys, {known}; got {tokens[outside][0].item()}")
-    out, lse = _attend(q, k, k if v is None else v, scale=scale)
+    out, lse = _attend(rows(q), rows(k), rows(k if v is None else v), scale=scale)
     heads = zip(q.unbind(1), chosen(k, tokens).unbind(1), lse.unbind(1), strict=True)
     total = q.new_zeros((len(q), q.shape[2], tokens.shape[1]), dtype=lse.dtype)
     for one, keys, sums in heads:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adain import rows as side_by_side
 from .adain import stats_gradient, token_major
 from .sources import Source, Sources
 
@@ -26,6 +27,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output (B, H, N, D), in memory (B, N, H, D), and the log-sum-exp (B, H, N), in nats."""
     wanted = q
+    q, k, v = side_by_side(q), side_by_side(k), side_by_side(v)  # torch's call reads nothing else rightly
+    pk, pv = (None if x is None else side_by_side(x) for x in (pk, pv))
     if stats is not None and ref is not None:
         work = stats.dtype  # half precision would overflow where a key hardly varies
         k, v = k.to(work), v.to(work)
@@ -89,6 +92,8 @@ def backward(
     taken at: folded logits differ from theirs by a rounding, which a peaked softmax would magnify.
     """
     results = [token_major(x) for x in (q, k, v, pk, pv) if x is not None]
+    g, out, q, k, v = (side_by_side(x) for x in (g, out, q, k, v))
+    pk, pv = (None if x is None else side_by_side(x) for x in (pk, pv))
     work = lse.dtype
     g, out, q, k, v = (x.to(work) for x in (g, out, q, k, v))
     raw_q, raw_k, d = q, k, q.shape[-1]

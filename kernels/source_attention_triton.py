@@ -6,8 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .adain import stats_gradient, token_major
-from .adain_triton import rows
+from .adain import rows, stats_gradient, token_major
 from .builds import Build, Config, architecture, block, launch
 from .source_attention_kernels_triton import forward_kernel, keys_kernel, queries_kernel
 
