@@ -220,7 +220,8 @@ def shown(cells: dict[str, Any], row: Row) -> str:
     """A row as a line of the table."""
     if row.time is None:
         return line(f"  {row.way:38}not here: {row.note}")
-    amount, unit = (row.work.bytes, "B/s") if cells["bound"] == "copy" else (row.work.flops, "FLOP/s")
+    dense = row.work.flops > 16 * row.work.bytes
+    amount, unit = (row.work.flops, "FLOP/s") if dense else (row.work.bytes, "B/s")
     rate = _rate(1e3 * amount / row.time.median) + unit
     return (
         f"  {row.way:38}{_spread(row.time):>26}{_spread(row.ratio):>25}{rate:>15}{cells['share']:>7.0%}"

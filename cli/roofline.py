@@ -10,8 +10,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def points(rows: Rows) -> list[tuple[str, str, float, float]]:
-    """(way, "kernel case", FLOP / B, TFLOP/s) of the rows that were timed; cells may be text, as in a file."""
-    timed = [row for row in rows if row.get("ms") not in ("", None) and float(row["gb"]) > 0]
+    """(way, "kernel case", FLOP / B, TFLOP/s) of the timed rows that compute; cells may be text, as in a file."""
+    timed = [row for row in rows if row.get("ms") not in ("", None) and float(row["gflop"]) > 0]
     return [
         (row["way"], f"{row['kernel']} {row['case']}", float(row["gflop"]) / float(row["gb"]), float(row["tflops"]))
         for row in timed

@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .adain import token_stats
 from .attention_problem import Problem
 from .cases import CPU, EDGES, SDXL, Case, sources
+from .compact import Kept, compact, gather
 from .contests import OURS, Contest, Entry, Unavailable, compiled
 from .source_attention import source_attention
 from .source_attention_torch import folded
-from .sources import compacted
+from .sources import Sources
 from .timing import Way
 
 BACKENDS = {
@@ -61,19 +62,19 @@ def _ours(p: Problem) -> Way:
         seen = sources(case, p.device)
         return Way(lambda: source_attention(p.q, p.k, p.v, seen, ref=p.ref)[0])
 
-    def lists() -> tuple[Tensor, Any]:
-        n = p.per_half
-        rows = p.kept.flatten().nonzero()[:, 0].to(p.device)
-        return rows, compacted(case.kept, [[i in p.sees(j) for i in range(n)] for j in range(n)], case.halves, p.device)
+    n = p.per_half
+    sees = [[j in p.sees(i) for j in range(n)] for i in range(n)]
+    mask = p.kept.to(p.device)
 
-    rows, seen = lists()
+    def lists() -> tuple[Kept, Sources]:
+        kept = compact(mask)
+        return kept, kept.sources(sees, case.halves)
+
+    kept, seen = lists()
 
     def run() -> Tensor:
-        pk, pv = (
-            x.transpose(1, 2).unflatten(0, (case.halves, -1)).flatten(1, 2).index_select(1, rows).transpose(1, 2)
-            for x in (p.k, p.v)
-        )
-        return source_attention(p.q, p.k, p.v, seen, pool=(pk, pv))[0]
+        pool = gather(p.k, kept, case.halves), gather(p.v, kept, case.halves)
+        return source_attention(p.q, p.k, p.v, seen, pool=pool)[0]
 
     return Way(run, lists)
 

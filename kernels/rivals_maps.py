@@ -1,4 +1,4 @@
-"""Masked maps and the match by cosine beside torch's own, eager and compiled, and the usual ways around them."""
+"""Masked maps, the match by cosine and compaction beside torch's own, and the usual ways around them."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .compact import compact, gather
 from .contests import OURS, Contest, Entry, Work, compiled, judged
 from .masked_maps import masked_maps
 from .match import match
@@ -38,6 +39,19 @@ class Match(NamedTuple):
     share: float = 0.3  # of a source's rows inside its mask
 
 
+class Compact(NamedTuple):
+    """Keys and values of `batch` images in `halves`, of which a half keeps the same share of its tokens."""
+
+    name: str
+    why: str
+    batch: int
+    heads: int
+    tokens: int
+    dim: int = 64
+    halves: int = 2
+    share: float = 0.15
+
+
 MAPS = [
     Maps("maps-4096", "ConsiStory's subject masks, 4 images, guidance", 8, 10, 4096),
     Maps("maps-1024", "ConsiStory's subject masks, 4 images, guidance", 8, 20, 1024),
@@ -49,6 +63,14 @@ MATCH = [
     Match("match-1024", "DIFT at 32 x 32, 4 images, 2 anchors", 2, 4, 1024, 1280),
     Match("cpu-match", "DIFT at 32 x 32, an image, an anchor", 1, 1, 1024, 640),
     Match("tiny", "to see that it runs", 2, 2, 20, 8),
+]
+
+
+COMPACT = [
+    Compact("kept-4096", "ConsiStory, 4 images, guidance, p 0.3, dropout 0.5", 8, 10, 4096),
+    Compact("kept-1024", "ConsiStory, 4 images, guidance, p 0.3, dropout 0.5", 8, 20, 1024),
+    Compact("cpu-kept-tokens", "4 images, p 0.25", 4, 10, 1024, halves=1, share=0.25),
+    Compact("tiny", "to see that it runs", 4, 2, 20, 8),
 ]
 
 
@@ -115,6 +137,40 @@ def match_contest(case: Match, dtype: torch.dtype, device: torch.device) -> Cont
     return Contest("match", case.name, case.why, work, ways, judge)
 
 
+def compact_contest(case: Compact, dtype: torch.dtype, device: torch.device) -> Contest:
+    """The kept rows of keys and values side by side, as a layer needs them; their lists are made once for all layers
+    of a size, and timed apart."""
+    g = torch.Generator().manual_seed(0)
+    n = case.batch // case.halves
+    shape = (case.batch, case.tokens, case.heads, case.dim)
+    k, v = (torch.randn(shape, generator=g).to(device, dtype).transpose(1, 2) for _ in range(2))
+    mask = (torch.rand(n, case.tokens, generator=g) < case.share).to(device)
+
+    def rows(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).unflatten(0, (case.halves, n)).flatten(1, 2)
+
+    def ours() -> Way:
+        kept = compact(mask)
+        return Way(lambda: (gather(k, kept, case.halves), gather(v, kept, case.halves)), lambda: compact(mask))
+
+    def indexed() -> Way:
+        at = reference.compact(mask)[0]
+        return Way(
+            lambda: tuple(rows(x).index_select(1, at).transpose(1, 2) for x in (k, v)), lambda: reference.compact(mask)
+        )
+
+    def boolean() -> Way:
+        return Way(lambda: tuple(rows(x)[:, mask.flatten()].transpose(1, 2) for x in (k, v)))
+
+    def definition(kind: torch.dtype) -> tuple[Tensor, ...]:
+        at = reference.compact(mask)[0]
+        return tuple(reference.gather(x.to(kind), at, case.halves) for x in (k, v))
+
+    moved = 4.0 * case.halves * mask.sum().item() * case.heads * case.dim * k.element_size()
+    ways = {OURS: ours, "torch, an index": indexed, "torch, a boolean index": boolean}
+    return Contest("compact", case.name, case.why, Work(0, 0, moved), ways, judged(definition, dtype))
+
+
 ENTRIES = (
     Entry(
         "masked_maps",
@@ -127,5 +183,11 @@ ENTRIES = (
         {case.name: case for case in MATCH},
         {"cuda": ("match-4096", "match-1024"), "cpu": ("cpu-match",)},
         match_contest,
+    ),
+    Entry(
+        "compact",
+        {case.name: case for case in COMPACT},
+        {"cuda": ("kept-4096", "kept-1024"), "cpu": ("cpu-kept-tokens",)},
+        compact_contest,
     ),
 )

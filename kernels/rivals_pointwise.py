@@ -1,4 +1,4 @@
-"""AdaIN beside torch's own, eager and compiled: kernels whose time is the memory's."""
+"""AdaIN, GroupNorm and GEGLU beside torch's own, eager and compiled: kernels whose time is the memory's."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,18 +9,31 @@ from torch import Tensor
 from . import reference
 from .adain import adain
 from .contests import OURS, Contest, Entry, Work, compiled, judged
+from .geglu import geglu
+from .group_norm import group_norm
 from .timing import Way
 
 ON_CHIP = 200_000  # bytes: statistics of more than a multiprocessor holds cost a second reading of their input
 
 
 class Tokens(NamedTuple):
-    """(B, H, N, D), in memory (B, N, H, D)."""
+    """(B, H, N, D), in memory (B, N, H, D), or for GEGLU (B, N, 2C)."""
 
     name: str
     why: str
     shape: tuple[int, ...]
     refs: tuple[int, ...] = ()
+
+
+class Pixels(NamedTuple):
+    """(B, C, H, W)."""
+
+    name: str
+    why: str
+    shape: tuple[int, int, int, int]
+    refs: tuple[int, ...] = ()  # statistics pooled with those of another image
+    groups: int = 32
+    last: bool = False  # channels last in memory
 
 
 _FOUR = (0, 0, 0, 0, 4, 4, 4, 4)
@@ -29,6 +42,26 @@ ADAIN = [
     Tokens("tokens-1024", "StyleAligned, 4 images, guidance: 60 of 70 layers", (8, 20, 1024, 64), _FOUR),
     Tokens("cpu-tokens", "4 images", (4, 10, 1024, 64), _FOUR[:4]),
     Tokens("tiny", "to see that it runs", (2, 2, 33, 8), (0, 0)),
+]
+GROUP_NORM = [
+    Pixels("pixels-128", "SDXL at 1024: 128 x 128, 4 images, guidance", (8, 320, 128, 128)),
+    Pixels("pixels-64", "64 x 64", (8, 640, 64, 64)),
+    Pixels("pixels-32", "32 x 32, most of its norms", (8, 1280, 32, 32)),
+    Pixels("joined-64", "behind a skip", (8, 1920, 64, 64)),
+    Pixels("joined-32", "behind a skip", (8, 2560, 32, 32)),
+    Pixels("last-64", "channels last", (8, 640, 64, 64), last=True),
+    Pixels("pooled-128", "StyleAligned's shared norm", (8, 320, 128, 128), _FOUR),
+    Pixels("pooled-32", "StyleAligned's shared norm", (8, 1280, 32, 32), _FOUR),
+    Pixels("cpu-pixels", "an image of a small network", (1, 320, 64, 64)),
+    Pixels("cpu-pooled", "StyleAligned's shared norm, 4 images", (4, 320, 32, 32), _FOUR[:4]),
+    Pixels("tiny", "to see that it runs", (2, 8, 5, 5), groups=4),
+    Pixels("tiny-pooled", "to see that it runs", (2, 8, 5, 5), (0, 0), groups=4),
+]
+GEGLU = [
+    Tokens("gate-4096", "SDXL, 4 images, guidance: 10 of 70 layers", (8, 4096, 5120)),
+    Tokens("gate-1024", "SDXL, 4 images, guidance: 60 of 70 layers", (8, 1024, 10240)),
+    Tokens("cpu-gate", "an image", (1, 1024, 5120)),
+    Tokens("tiny", "to see that it runs", (2, 7, 16)),
 ]
 
 
@@ -73,6 +106,25 @@ def adain_contest(case: Tokens, dtype: torch.dtype, device: torch.device) -> Con
     return _three("adain", case, work, adain, reference.adain, x, torch.tensor(case.refs, device=device))
 
 
+def group_norm_contest(case: Pixels, dtype: torch.dtype, device: torch.device) -> Contest:
+    """GroupNorm and SiLU."""
+    x, (b, c, *_) = _drawn(case.shape, dtype, device), case.shape
+    weight, bias = _drawn((2, c), dtype, device)
+    if case.last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    ref = torch.tensor(case.refs, device=device) if case.refs else None
+    work = Work(15.0 * x.numel(), x.numel(), _passes(x, b * case.groups) * x.numel() * x.element_size())
+    rest = (weight, bias, case.groups, 1e-5, True, ref)
+    return _three("group_norm", case, work, group_norm, reference.group_norm, x, *rest)
+
+
+def geglu_contest(case: Tokens, dtype: torch.dtype, device: torch.device) -> Contest:
+    """The gate of a feed-forward layer."""
+    x = _drawn(case.shape, dtype, device)
+    work = Work(12.0 * x.numel(), 0, 1.5 * x.numel() * x.element_size())
+    return _three("geglu", case, work, geglu, reference.geglu, x)
+
+
 def _entry(kernel: str, cases: list[Any], contest: Callable[..., Contest]) -> Entry:
     names = [case.name for case in cases]
     cpu = tuple(n for n in names if n.startswith("cpu-"))
@@ -80,4 +132,8 @@ def _entry(kernel: str, cases: list[Any], contest: Callable[..., Contest]) -> En
     return Entry(kernel, dict(zip(names, cases, strict=True)), {"cuda": cuda, "cpu": cpu}, contest)
 
 
-ENTRIES = (_entry("adain", ADAIN, adain_contest),)
+ENTRIES = (
+    _entry("adain", ADAIN, adain_contest),
+    _entry("group_norm", GROUP_NORM, group_norm_contest),
+    _entry("geglu", GEGLU, geglu_contest),
+)

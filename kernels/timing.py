@@ -179,7 +179,7 @@ def ceilings(device: torch.device, dtype: torch.dtype, size: int | None = None) 
     return Ceilings(2e3 * side**3 / product, exps, 2 * 4e3 * many / copied)
 
 
-def _best(once: Once, run: Callable[[], object], tries: int = 7) -> float:
+def _best(once: Once, run: Callable[[], object], tries: int = 15) -> float:
     """Milliseconds of the quickest call."""
     way = Way(run)
     return min(once(way, 1) for _ in range(tries + 2))
