@@ -90,41 +90,44 @@ def pixels(masks: Tensor) -> Tensor:
 
 
 def forwards(case: Case):
-    said, bound = case.settings["settings"], case.settings["tolerance"]["atol"]
+    said, bound = plain(case.settings["settings"]), plain(case.settings["tolerance"])["atol"]
     x, context, pooled, ids = (case.input(name) for name in INPUTS)
     assert said["time_ids"] == ids[0].tolist()
     n, unet = len(x) // 2, parts().unet
     c = unet.embed(torch.full((len(x),), said["t"]), context, pooled, ids)
-    plain(said["image_rows"])  # for people: which picture of the vision file each embedding is of
-    one, s2, style = said["scale"], said["s2"], plain(said["style_scale"])
-    layout, custom = plain(said["layout_scale"]), plain(said["custom_scale"])
-    two, each = plain(said["two_adapters_scale"]), plain(said["masked_scales"])
-    linear, linear_h, plus = (adapter(file) for file in (LINEAR, LINEAR_H, PLUS))
-
-    def check(name: str, *prompts: ImagePrompt):
-        within(case, name, unet(x, c, instant_style(TORCH, prompts)), bound)
-
-    embeds, states = case.input("image_embeds"), case.input("vit_h_penultimate")
-    check("eps_all_1", prompted(linear, embeds, one, n))
-    check("eps_all_s", prompted(linear, embeds, s2, n))
-    check("eps_style", prompted(linear, embeds, style, n))
-    check("eps_layout", prompted(linear, embeds, layout, n))
-    check("eps_style_layout", prompted(linear, embeds, style | layout, n))
-    check("eps_custom", prompted(linear, embeds, custom, n))
-    many = case.input("multi_image_embeds")
-    check("eps_multi_style", prompted(linear, many, style, n))
-    check("eps_vit_h_style", prompted(linear_h, case.input("vit_h_image_embeds"), style, n))
-    check("eps_plus_all", prompted(plus, states, one, n))
-    check("eps_plus_style", prompted(plus, states, style, n))
-    check("eps_two_adapters", prompted(linear, embeds, two[0], n), prompted(plus, states, two[1], n))
-    masks = pixels(case.input("masks"))
-    here = {"masks": masks, "size": (x.shape[2], x.shape[3])}
-    check("eps_masked", prompted(linear, many[:, : masks.shape[1]], dict.fromkeys(["all"], each), n, **here))
-    made = seen(linear, embeds, n)
-    within(case, "attn2_ip_tokens", torch.cat([made.nothing, made.tokens])[:, 0], bound)
-    attn = unet.dec[1][1].blocks[0].cross_attn  # type: ignore[index,union-attr]
-    ops = instant_style(TORCH, [prompted(linear, embeds, s2, n)])
-    within(case, "attn2_out", attn(case.input("attn2_in"), context, ops), bound)
+    # which adapter, what it sees, and how much of it where
+    style, one = (LINEAR, "image_embeds"), said["scale"]
+    both = [(*style, said["two_adapters_scale"][0]), (PLUS, "vit_h_penultimate", said["two_adapters_scale"][1])]
+    kinds = {
+        "eps_all_1": [(*style, one)],
+        "eps_all_s": [(*style, said["s2"])],
+        "eps_style": [(*style, said["style_scale"])],
+        "eps_layout": [(*style, said["layout_scale"])],
+        "eps_style_layout": [(*style, said["style_scale"] | said["layout_scale"])],
+        "eps_custom": [(*style, said["custom_scale"])],
+        "eps_multi_style": [(LINEAR, "multi_image_embeds", said["style_scale"])],
+        "eps_vit_h_style": [(LINEAR_H, "vit_h_image_embeds", said["style_scale"])],
+        "eps_plus_all": [(PLUS, "vit_h_penultimate", one)],
+        "eps_plus_style": [(PLUS, "vit_h_penultimate", said["style_scale"])],
+        "eps_two_adapters": both,
+    }
+    for name, spoken in kinds.items():
+        if case.has(name):
+            prompts = [prompted(adapter(file), case.input(what), scale, n) for file, what, scale in spoken]
+            within(case, name, unet(x, c, instant_style(TORCH, prompts)), bound)
+    if case.has("eps_masked"):
+        rows, masks = said["image_rows"], pixels(case.input("masks"))
+        these = [rows["multi_image_embeds"].index(i) for i in rows["masked"]]
+        embeds = case.input("multi_image_embeds")[:, these]
+        scale, size = {"all": said["masked_scales"]}, (x.shape[2], x.shape[3])
+        prompt = prompted(adapter(LINEAR), embeds, scale, n, masks=masks, size=size)
+        within(case, "eps_masked", unet(x, c, instant_style(TORCH, [prompt])), bound)
+    if case.has("attn2_out"):
+        made = seen(adapter(LINEAR), case.input("image_embeds"), n)
+        within(case, "attn2_ip_tokens", torch.cat([made.nothing, made.tokens])[:, 0], bound)
+        attn = unet.dec[1][1].blocks[0].cross_attn  # type: ignore[index,union-attr]
+        ops = instant_style(TORCH, [prompted(adapter(LINEAR), case.input("image_embeds"), said["s2"], n)])
+        within(case, "attn2_out", attn(case.input("attn2_in"), context, ops), bound)
 
 
 def subtraction(case: Case, beside: str):
