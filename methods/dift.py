@@ -58,11 +58,15 @@ class Plan(NamedTuple):
     threshold: Tensor  # (B,)      tau
 
 
-def plan(found: Matches, mask: Tensor) -> Plan:
-    """The best source of every pixel, trusted inside the target's mask, bool (B, N), where it is nearer than tau."""
+def plan(found: Matches, mask: Tensor, images: Sequence[int] | None = None) -> Plan:
+    """The best source of every pixel, trusted inside the target's mask, bool (B, N), where it is nearer than tau.
+
+    `images` are the sources' places in the batch, where they are not its first pictures.
+    """
     best = found.distance.argmin(1, keepdim=True)
     distance = found.distance.gather(1, best)[:, 0]
-    row = best[:, 0] * mask.shape[1] + found.pixel.gather(1, best)[:, 0]
+    image = best[:, 0] if images is None else torch.tensor(images, device=mask.device)[best[:, 0]]
+    row = image * mask.shape[1] + found.pixel.gather(1, best)[:, 0]
     threshold = otsu(distance)
     return Plan(row, mask & (distance < threshold[:, None]), threshold)
 

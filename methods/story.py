@@ -83,7 +83,8 @@ class Story:
                          keep=self.kept, pinned=pinned, align=align, given=given)  # fmt: skip
         self.walks, self.start, self.x, self.whole = walks, x, x, whole
         self.masks: list[list[Masks]] = []  # by stage, after each call (of stage 2: from the branch on)
-        self.matches: Matches | None = None
+        self.sources: list[int] = []  # pictures, of the batch or of the cached anchors, that are looked at
+        self.matches: Matches | None = None  # (B, sources, N) at the level of the injection
         self.plan: Plan | None = None
         self.raw: Tensor | None = None  # the feature (B, C, H, W)
         self.tally = Tally()
@@ -98,6 +99,8 @@ class Story:
         first = Stage(self.cast)
         yield from ((1, step) for step in self.walked(first))
         if not self.two:
+            if self.whole:
+                self.prepared(first)
             return
         carried, order = self.prepared(first)
         second = Stage(self.cast, 2, carried=carried, order=order, branch=first.branch)
@@ -121,7 +124,7 @@ class Story:
         for name, value in vars(stage.tally).items():
             setattr(self.tally, name, getattr(self.tally, name) + value)
 
-    def prepared(self, first: Stage) -> tuple[Plan, list[tuple[int, int]]]:
+    def prepared(self, first: Stage) -> tuple[Plan | None, list[tuple[int, int]]]:
         """Between the stages: matches, and what is carried along them."""
         cast, anchors, fine = self.cast, self.cast.anchors, first.where.fine
         assert first.feature is not None
@@ -130,9 +133,13 @@ class Story:
         size = first.where.sizes((self.x.shape[2], self.x.shape[3]))[fine]
         self.raw = first.feature
         if anchors is None:
-            sees = torch.tensor(cast.sees, device=mask.device) & ~torch.eye(len(mask), dtype=torch.bool).to(mask.device)
-            self.matches = matches(feature, mask, feature, size, sees)
-            self.plan, order = plan(self.matches, mask), waves(cast.sees, sequential=cast.settings.sequential)
+            own = [[look and i != j for j, look in enumerate(row)] for i, row in enumerate(cast.sees)]
+            self.sources = [j for j in range(len(own)) if any(row[j] for row in own)]
+            sees = torch.tensor(own, device=mask.device)[:, self.sources]
+            order = waves(own, sequential=cast.settings.sequential)
+            if self.sources:
+                self.matches = matches(feature[self.sources], mask[self.sources], feature, size, sees)
+                self.plan = plan(self.matches, mask, self.sources)
         else:
             if anchors.feature is None or anchors.masks is None:
                 raise SceneError("the anchors were drawn without injection: these pictures cannot have any")
@@ -140,7 +147,8 @@ class Story:
             source, inside = anchors.feature.to(feature), anchors.masks.to(mask.device)
             self.matches = matches(source, inside, feature, size, sees)
             found = plan(self.matches, mask)
-            self.plan, order = replaced(found, anchors.row().to(mask.device)), [(0, len(mask))]
+            self.plan, order = found._replace(row=anchors.row().to(mask.device)[found.row]), [(0, len(mask))]
+            self.sources = list(range(anchors.images))
         if self.kept is not None:
             self.kept.feature, self.kept.masks, self.kept.branch = (
                 feature,
@@ -153,11 +161,6 @@ class Story:
 def wide(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def replaced(found: Plan, row: Tensor) -> Plan:
-    """A plan whose rows are those of kept outputs."""
-    return found._replace(row=row[found.row])
 
 
 def told(settings: Settings) -> dict[str, str]:

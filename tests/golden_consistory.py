@@ -20,6 +20,7 @@ from diaphane.samplers.parameterisation import Denoise
 from diaphane.samplers.schedule import Schedule
 from torch import Tensor
 
+from . import golden_consistory_attention as calls
 from . import golden_consistory_parts as pieces
 from . import golden_consistory_runs as runs
 from .golden_latent import parts, within
@@ -33,10 +34,10 @@ def inversion_cases(folder: Folder, stem: str) -> list[Case]:
 
 KINDS: dict[str, Callable[[Folder, str], list[Case]]] = {
     "masks": pieces.mask_cases,
-    "sdsa_attention": pieces.attention_cases,
-    "query_blend": pieces.blend_cases,
+    "sdsa_attention": calls.attention_cases,
+    "query_blend": calls.blend_cases,
     "dift_injection": pieces.dift_cases,
-    "unet_sdsa": runs.unet_cases,
+    "unet_sdsa": calls.unet_cases,
     "run_batch": runs.run_cases,
     "run_cached": runs.run_cases,
     "run_instance": runs.run_cases,

@@ -1,19 +1,14 @@
 """ConsiStory's parts against the reference data: masks, attention, blended queries, matches and what they carry."""
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diaphane.methods.consistory import Heard, Others, Told, consistory, named, others, places
 from diaphane.methods.dift import injected, matches, plan, smoothed, waves
 from diaphane.methods.subject_masks import dropped, otsu, thresholded
-from diaphane.model import sites
-from diaphane.model.ops import TORCH, Site
-from diaphane.model.unet import Attention
 from torch import Tensor
 
-from .golden_latent import parts, within
+from .golden_latent import within
 from .golden_reader import Case, Entry, Folder
 
 
@@ -57,9 +52,9 @@ def relative(case: Case, name: str, ours: Tensor, bound: float):
 
 
 def told(entry: Entry, *keys: str):
-    """Where the data comes from: read, and not used."""
+    """What is for people, or was not needed: taken for read."""
     for key in keys:
-        if key in entry:
+        if key in entry and key not in entry.read:
             entry.read[key] = None
 
 
@@ -121,131 +116,6 @@ def resolutions(case: Case, start: str) -> list[int]:
     """Sides of the masks that a case has, in order."""
     found = [re.fullmatch(rf"{re.escape(start)}(\d+)", name) for name in case.claims]
     return sorted(int(m[1]) for m in found if m)
-
-
-# --- attention
-
-
-def attention_cases(folder: Folder, stem: str) -> list[Case]:
-    """Subject-driven self-attention of one layer, with masks of the batch or with a cache."""
-    return grouped(folder, stem, attention_case)
-
-
-def layer(name: str) -> tuple[Attention, Site]:
-    """A self-attention of the tiny SDXL by its name in the reference data."""
-    unet = parts().unet
-    site = sites.site(unet.cfg, name)
-    module = unet.get_submodule(sites.place(unet.cfg, name.rpartition(".transformer_blocks.")[0]).ours)
-    return module.blocks[site.depth].self_attn, site  # pyright: ignore
-
-
-def attention_case(case: Case):
-    said, at = case.settings, group_of(case)
-    told(said, "fp64_gap", "curr_iter")
-    net, site = layer(said["module"])
-    level = places(parts().unet.cfg).level[site.stage]
-    if case.has(f"{at}cached_tokens"):
-        cached_case(case, net, site, level)
-        return
-    hidden, mask = case.input(f"{at}hidden"), case.input(f"{at}mask").bool()
-    assert hidden.shape[:2] == (2 * said["B"], said["res"] ** 2)
-    assert said["mask_mode"] in ("plain", "dropped", "empty"), f"unknown mask_mode {said['mask_mode']}"
-    if said["mask_mode"] == "dropped" or case.has(f"{at}uniform"):
-        used = dropped(mask, case.input(f"{at}uniform"), said["dropout"])
-    else:
-        told(said, "dropout")
-        used = mask if said["mask_mode"] == "plain" else torch.zeros_like(mask)
-    exact(case, f"{at}mask_used", used)
-    sees = case.input(f"{at}mapping").bool().tolist()
-    these = others(used, sees, 2)
-    exact(case, f"{at}key_mask", keys_of(these, used, sees))
-    within(case, f"{at}out", shared(net, hidden, said["B"], level, these), 1e-5)
-
-
-def keys_of(these: Others, used: Tensor, sees: Sequence[Sequence[bool]]) -> Tensor:
-    """Which of all keys, (B * N), each image has: its own, and those in its ranges."""
-    n, tokens = used.shape
-    out = torch.zeros(n, n * tokens, dtype=torch.bool)
-    for i, row in enumerate(these.sources.listed()[:n]):
-        out[i, i * tokens : (i + 1) * tokens] = True
-        for source in row:
-            out[i, these.index[source.start : source.stop]] = True
-    return out
-
-
-def shared(net: Attention, hidden: Tensor, images: int, level: int, these: Others, heard: Heard | None = None, **more):
-    """One layer's output with what is seen of others."""
-    words = torch.zeros(images, 1, dtype=torch.long)
-    what = Told(images=images, tokens=words, seen={level: these}, **more)
-    ops = consistory(TORCH, places(parts().unet.cfg), what, heard or Heard())
-    return net(hidden, hidden, ops)
-
-
-def cached_case(case: Case, net: Attention, site: Site, level: int):
-    said, at = case.settings, group_of(case)
-    n, used = said["n_anchors"], case.input(f"{at}mask_used").bool()
-    hidden, extra = case.input(f"{at}anchor_hidden"), case.input(f"{at}extra_hidden")
-    assert hidden.shape[:2] == (2 * n, said["res"] ** 2)
-    these, heard = others(used, [[True] * n] * n, 2), Heard(keep_pools=True)
-    rows = hidden.unflatten(0, (2, n)).flatten(1, 2)[:, these.index]
-    exact(case, f"{at}cached_tokens", rows)
-    within(case, f"{at}anchor_out", shared(net, hidden, n, level, these, heard), 1e-5)
-    images = len(extra) // 2
-    sees = everything(heard.pools[named(site)][0].shape[2], images)
-    within(case, f"{at}extra_out", shared(net, extra, images, level, sees, pools=heard.pools), 1e-5)
-
-
-def everything(kept: int, images: int) -> Others:
-    """Others of a cache: every row sees all the tokens of its half."""
-    from diaphane.methods.anchors import cached
-
-    return cached(kept, images, 2, torch.device("cpu"))
-
-
-# --- blended queries
-
-
-def blend_cases(folder: Folder, stem: str) -> list[Case]:
-    """Queries of a plain pass mixed into those of one layer."""
-    return grouped(folder, stem, blend_case)
-
-
-def blend_case(case: Case):
-    from diaphane.methods.scene import strength
-
-    said, at = case.settings, group_of(case)
-    told(said, "fp64_gap")
-    net, site = layer(said["module"])
-    level, n, used = places(parts().unet.cfg).level[site.stage], said["B"], case.input(f"{at}mask_used").bool()
-    first, last = said["query_range"]
-    assert (first, last) == (0, said["n_steps"] // 10)
-    v = [strength(-i, 0, -last) for i in range(last + 1)]
-    within(case, f"{at}strengths", torch.tensor(v, dtype=torch.float64), 1e-12)
-    plain = case.input(f"{at}hidden_vanilla")
-    assert plain.shape[:2] == (2 * n, said["res"] ** 2)
-    heard, words = Heard(keep_queries=True), torch.zeros(n, 1, dtype=torch.long)
-    where = places(parts().unet.cfg)
-    out = net(plain, plain, consistory(TORCH, where, Told(images=n, tokens=words), heard))
-    within(case, f"{at}vanilla_out", out, 1e-5)
-    within(case, f"{at}vanilla_q", joined(heard.queries[named(site)]), 1e-5)
-    hidden, these = case.input(f"{at}hidden_sdsa"), others(used, [[True] * n] * n, 2)
-    for i in said["iters"]:
-        blended = {"plain": heard.queries, "share": torch.tensor(v[i])} if i <= last else {}
-        queries: list[Tensor] = []
-
-        def listening(site: Site, q: Tensor, *rest: Any, queries: list[Tensor] = queries) -> Tensor:
-            queries.append(q)
-            return TORCH.attend(site, q, *rest)
-
-        what = Told(images=n, tokens=words, seen={level: these}, **blended)
-        ops = consistory(type(TORCH)(attend=listening), where, what, Heard())
-        within(case, f"{at}out_it{i}", net(hidden, hidden, ops), 1e-5)
-        within(case, f"{at}blended_q_it{i}", joined(queries[0]), 1e-5)
-
-
-def joined(q: Tensor) -> Tensor:
-    """(B, H, N, D) -> (B, N, H D)."""
-    return q.transpose(1, 2).flatten(2)
 
 
 # --- matches and injection
