@@ -114,7 +114,7 @@ def style_aligned(
     tables = {copies: Table.of(refs, sharing, copies, device) for copies in (1, 2)}
     if all(r == i for i, r in enumerate(refs)):
         return ops
-    inside = (lambda site: True) if sites is None else sites if callable(sites) else frozenset(sites).__contains__
+    inside = chosen(sites)
     folded = sharing.adain_q and sharing.adain_k and not sharing.all_see_all
     altered = sharing.adain_v or (sharing.adain_k and not folded)
 
@@ -159,6 +159,11 @@ def style_aligned(
     return replace(ops, **(verbs | {"group_norm": group_norm} if sharing.norms else verbs))
 
 
+def chosen(sites: Sites | None) -> Callable[[Site], bool]:
+    """Whether a site is among those; without any, all are."""
+    return (lambda site: True) if sites is None else sites if callable(sites) else frozenset(sites).__contains__
+
+
 @dataclass(frozen=True)
 class Table:
     """Who refers to whom in a batch, and who sees whom, for attentions of any number of tokens."""
@@ -177,9 +182,14 @@ class Table:
             one = everyone([[i for i, r in enumerate(ref) if r == head] for head in dict.fromkeys(ref)], 1, device)
         else:
             one = shared(ref, 1, sharing.scale, sharing.shift, device)
+        return cls.around(torch.tensor(ref, device=device), one)
+
+    @classmethod
+    def around(cls, ref: Tensor, one: Sources) -> "Table":
+        """The table of sources of one token each."""
         column = torch.zeros_like(one.segments)
         column[:, 3] = 1
-        return cls(torch.tensor(ref, device=device), one, column)
+        return cls(ref, one, column)
 
     def sources(self, tokens: int) -> Sources:
         """Who sees whom among images of that many tokens; the host is not asked."""
