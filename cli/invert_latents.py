@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from ..samplers.inversion import invert, last, psnr
 from ..samplers.noise import seeded
 from ..samplers.null_text import Halfway, null_text
 from ..samplers.parameterisation import Denoise
-from ..weights import pipeline
 from . import latents
 from . import options as shared
 from .draw import inpaints, picture, said, walk_of
@@ -64,10 +62,7 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def wanted(args: argparse.Namespace) -> bool:
     """Whether the options mean a latent model.  Raises CommandError for options of the other kind."""
-    path = Path(args.model).expanduser()
-    file = path / args.file if args.file else path
-    whole = (path / "model_index.json").is_file() or (file.is_file() and pipeline.holds_parts(file))
-    if args.prompt is None and not whole:
+    if args.prompt is None and not latents.reads_text(args):
         given = [name for name in OWN if getattr(args, name) is not None] + ["low_vram"] * args.low_vram
         given += ["method"] * (args.method != "ddim") + ["fixed_point"] * bool(args.fixed_point)
         if given:

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -57,6 +58,18 @@ def options(p: argparse.ArgumentParser) -> None:
                      "much of each (default: 1)")  # fmt: skip
     net.add_argument("--control-model", help="a ControlNet's file or folder, for --control")
     net.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
+
+
+def reads_text(args: argparse.Namespace) -> bool:
+    """Whether --model is a folder or a single file of a model with text encoders, as far as can be seen here."""
+    path = Path(args.model).expanduser()
+    file, index = path / args.file if args.file else path, path / "model_index.json"
+    try:
+        if file.is_file():
+            return pipeline.holds_parts(file)
+        return index.is_file() and any(part.startswith("text_encoder") for part in json.loads(index.read_bytes()))
+    except (OSError, ValueError, AttributeError):
+        return False  # whoever reads it for good says what is wrong
 
 
 def weighted(text: str) -> tuple[str, float]:

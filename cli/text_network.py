@@ -1,10 +1,8 @@
 """A latent, text-conditioned model as the network of the h-space commands, which are those of pixel networks."""
 
 import argparse
-import json
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -60,18 +58,9 @@ def options(p: argparse.ArgumentParser) -> None:
     text.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
 
 
-def reads_text(model: str) -> bool:
-    """Whether a folder is of a model with text encoders."""
-    index = Path(model) / "model_index.json"
-    try:
-        return index.is_file() and any(name.startswith("text_encoder") for name in json.loads(index.read_bytes()))
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def loaded(args: argparse.Namespace) -> network.Loaded:
     """The network that the options name, of either kind."""
-    if args.prompt is None and not reads_text(args.model):
+    if args.prompt is None and not latents.reads_text(args):
         for name in ("negative", "variant", "tokenizer", "vae", "lora", "prediction"):
             if getattr(args, name):
                 raise CommandError(f"--{name} is for models that read text: give --prompt, which may be empty")
