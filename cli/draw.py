@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -112,7 +113,7 @@ def draw(
     texts: Sequence[str],
     rows: range,
     size: tuple[int, int],
-    scene: dict[str, Tensor],
+    scene: dict[str, Any],
     around: Around = alone,
 ) -> Tensor:
     """One batch of pictures, (B, 3, H, W) in [-1, 1]."""
@@ -128,7 +129,7 @@ def walked(
     texts: Sequence[str],
     rows: range,
     size: tuple[int, int],
-    scene: dict[str, Tensor],
+    scene: dict[str, Any],
     around: Around = alone,
 ) -> Tensor:
     """The latents (B, 4, H / 8, W / 8) of one batch of pictures."""
@@ -144,6 +145,8 @@ def walked(
             path = t2i.tail(path, strength(args))
             if not (args.mask and strength(args) == 1):
                 x = noised(scene["x0"].expand_as(z), z, net.schedule(path[0]))
+        if "trajectory" in scene:
+            walk, path, x = scene["trajectory"].resumed(args.skip or 0, n, x)
         ids = score_ids if net.says.aesthetic else size_ids
         sizes = ids(size, n) if parts.xl else None
         other = score_ids(size, n, score=2.5) if parts.xl and net.says.aesthetic else None

@@ -17,6 +17,7 @@ from .images import to_picture
 from .redo import record_of
 from .session import Made, Session, content, produce
 from .sheet import grid
+from .trajectory import unpacked
 
 SAMPLERS = {"euler": "Euler", "euler-a": "Euler a", "heun": "Heun", "dpmpp": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
 LOAD = latents.loaded
@@ -55,6 +56,9 @@ def arguments(p: options.Parser, command: str) -> options.Parser:
     p.add_argument("--strength", type=options.real(0, 1), help="how much of the walk runs from --init (default: 0.75; "
                    "with a mask 1)")  # fmt: skip
     p.add_argument("--mask", metavar="PICTURE", help="repaint --init where this is white, keep it where it is black")
+    p.add_argument("--from", dest="trajectory", metavar="FILE", help="begin where `diaphane invert` came to, a file of "
+                   "DDIM or edit-friendly inversion: its timesteps, its noise, its size")  # fmt: skip
+    p.add_argument("--skip", type=options.whole(0, 999), help="steps of --from that are left out (default: 0)")
     p.add_argument("--control", metavar="PICTURE", help="the hint of --control-model: edges, depth ... as it is")
     p.add_argument("--control-scale", type=options.real(0, 10), default=1.0, help="(default: 1)")
     latents.options(p)
@@ -154,11 +158,12 @@ def make(args: argparse.Namespace, session: Session, around: Around = alone) -> 
     """The pictures, then a sheet of all of them; `around` is what a method makes of each batch."""
     net: Any = session.net
     check(args, net)
+    found = resumed(args, session, net)
     texts, whole = prompts(args, session), sizes(args, net)
     jobs = [(f"{i * args.n + j + 1:04d}.png", text) for i, text in enumerate(texts) for j in range(args.n)]
     for line in net.loras if session.wanted is None else ():
         session.say(line)
-    scene = prepared(args, session, net, whole)
+    scene = prepared(args, session, net, whole) | found
     drawn = []
     for rows in session.batches(len(jobs)):
         if not session.wants("sheet.png", *(jobs[i][0] for i in rows)):
@@ -177,6 +182,32 @@ def make(args: argparse.Namespace, session: Session, around: Around = alone) -> 
     if len(jobs) > 1 and session.wants("sheet.png"):
         title = f"{len(jobs)} pictures, {args.steps} steps of {SAMPLERS[args.sampler]}, guidance {args.guidance:g}"
         yield session.made("sheet.png", grid(drawn[:64], title=title))
+
+
+def resumed(args: argparse.Namespace, session: Session, net: latents.Loaded) -> dict[str, Any]:
+    """The walk of --from, whose timesteps and size become those of the options.  Raises CommandError."""
+    if args.trajectory is None:
+        if args.skip is not None:
+            raise CommandError("--skip leaves steps of --from out: give --from FILE")
+        return {}
+    if args.init or args.mask:
+        raise CommandError("--from and --init are two places to begin: give one")
+    found, _ = unpacked(session.read(args.trajectory), args.trajectory)
+    if found.nulls is not None:
+        raise CommandError(f"{args.trajectory} holds null texts, which belong to one picture and its text: "
+                           "diaphane invert --to goes on from them")  # fmt: skip
+    n, (rows, channels, height, width) = len(found.path) - 1, found.xs.shape[1:]
+    if rows != 1:
+        raise CommandError(f"{args.trajectory} is of {rows} pictures: --from takes that of one")
+    if channels != net.parts.vae.cfg.latent_channels:
+        raise CommandError(f"{args.trajectory} is of latents of {channels} channels: it is of another model")
+    own = f"{width * net.parts.factor}x{height * net.parts.factor}"
+    if args.size not in (None, own):
+        raise CommandError(f"--size {args.size}: {args.trajectory} is of {own}")
+    if (args.skip or 0) >= n:
+        raise CommandError(f"--skip {args.skip} leaves none of {n} steps of {args.trajectory}")
+    args.size, args.steps, args.sampler = own, n, "ddim"
+    return {"trajectory": found}
 
 
 def finished(args: argparse.Namespace, net: latents.Loaded, job: tuple[str, str], seed: int) -> Image.Image | None:

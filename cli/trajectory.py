@@ -1,7 +1,7 @@
 """Where a picture's inversion passed, as a file: latents at every timestep, noise maps, null texts."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..methods.text_to_image import Walk
 from ..samplers.ddim import Step, ddim
 from ..samplers.noise import replayed
 from ..samplers.null_text import Halfway, with_nulls
@@ -43,8 +44,17 @@ class Trajectory(NamedTuple):
         x, path = self.xs[skip], self.path[skip:]
         if self.nulls is not None and halfway is not None:
             return with_nulls(halfway, x, schedule, path, list(self.nulls[skip:]), kind=kind)
-        noise = None if self.zs is None else replayed(self.zs[skip:])
-        return ddim(denoise, x, schedule, path, eta=self.eta, noise=noise)
+        walk, path, x = self.resumed(skip, x.shape[0], x)
+        return walk(denoise, x, schedule, path)
+
+    def resumed(self, skip: int, n: int, like: Tensor) -> tuple[Walk, list[float], Tensor]:
+        """The walk down from the `skip`-th latents for n pictures, its timesteps, and where it begins, as `like`."""
+        noises = None if self.zs is None else self.zs[skip:].expand(-1, n, -1, -1, -1)
+
+        def walk(denoise: Denoise, x: Tensor, schedule: Schedule, path: Sequence[float]) -> Iterator[Step]:
+            return ddim(denoise, x, schedule, path, eta=self.eta, noise=None if noises is None else replayed(noises))
+
+        return walk, self.path[skip:], self.xs[skip].expand(n, -1, -1, -1).to(like)
 
 
 def packed(found: Trajectory, about: Mapping[str, Any]) -> bytes:
@@ -66,7 +76,7 @@ def unpacked(data: bytes, name: str) -> tuple[Trajectory, dict[str, Any]]:
         raise CommandError(f"{name} is no trajectory: diaphane invert --model FOLDER writes one ({e})") from e
     found = Trajectory(method, path, xs, tensors.get("noise"), tensors.get("null_text"), eta)
     n, falls = len(path) - 1, all(s < t for t, s in pairwise(path))
-    whole = xs.ndim == 5 and len(xs) == n + 1 and n >= 1 and falls and method in METHODS
+    whole = xs.is_floating_point() and xs.ndim == 5 and len(xs) == n + 1 and n >= 1 and falls and method in METHODS
     fits = (found.zs is None or found.zs.shape == xs[1:].shape) and (found.zs is not None) == (eta > 0)
     if not whole or not fits or (found.nulls is not None and found.nulls.shape[:2] != xs[1:].shape[:2]):
         raise CommandError(f"{name} is not whole: its tensors do not belong to one walk")
