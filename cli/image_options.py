@@ -107,3 +107,17 @@ def said(words: Sequence[str], i: int, k: int) -> Mapping[str, Any] | float:
         if not at or int(which) == i + 1:
             found[name] = values if len(values) > 1 else values[0]
     return found
+
+
+def weighed(text: str) -> tuple[str, float]:
+    """TEXT:WEIGHT of --subtract -> both; a text without a weight has 1.  Raises CommandError."""
+    words, _, number = text.rpartition(":")
+    try:
+        weight = float(number)
+    except ValueError:
+        words, weight = text, 1.0
+    if not words.strip():
+        raise CommandError(f"--subtract {text!r}: it is TEXT or TEXT:WEIGHT")
+    if not -100 <= weight <= 100:
+        raise CommandError(f"--subtract {text!r}: the weight is a number in -100 ... 100")
+    return words, weight

@@ -35,7 +35,7 @@ from ..weights.load import Network, find
 from . import images, latents
 from .draw import Around
 from .errors import CommandError
-from .image_options import H, pairs, placed, shared
+from .image_options import H, pairs, placed, shared, weighed
 from .session import Session
 
 ENCODERS = {1280: "ip-adapter-encoder-bigg", 1024: "ip-adapter-encoder-h"}  # of the catalogue, by what is read
@@ -168,7 +168,7 @@ def contents(args: argparse.Namespace, net: Loaded) -> list[tuple[Tensor, float]
     """The embeddings of the texts of --subtract, each with its weight."""
     found = []
     for said in args.subtract or ():
-        text, weight = latents.weighted(said)
+        text, weight = weighed(said)
         if net.text is not None:
             kind = next(net.parts.unet.parameters())
             tower = build(net.text.family, net.text.config, net.text.tensors, dtype=kind.dtype, device=kind.device)
