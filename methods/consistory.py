@@ -160,8 +160,10 @@ def consistory(ops: Ops, where: Places, told: Told, heard: Heard) -> Ops:
         if site.kind != "self" or not site.stage.startswith("dec"):
             return ops.attend(site, q, k, v, bias, seen)
         name = named(site)
-        if heard.keep_queries:
+        if heard.keep_queries:  # of a plain pass, which ends with the last of them
             heard.queries[name] = q
+            if site == where.last:
+                return q
         if name in told.plain and told.share is not None:
             share = told.share.to(q)
             q = share * told.plain[name].to(q) + (1 - share) * q

@@ -232,7 +232,11 @@ class Stage:
                 self.count(len(x), encoders=1, queries=1)
             if self.branch is not None and self.calls == len(self.branch.eps):
                 self.branch = self.branch._replace(plain=plain)
-            told = replace(told, plain=plain, share=torch.tensor(share, device=x.device, dtype=torch.float32))
+            told = replace(
+                told,
+                plain=plain,
+                share=torch.tensor(share, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)),
+            )
         ops = consistory(scene.ops, self.where, told, heard)
         if encoded is None:
             encoded = deep(ops)
