@@ -19,11 +19,10 @@ subtracted from its embedding.  Everything of `diaphane generate` goes with it: 
 """
 EXAMPLES = """\
 examples:
-  diaphane instant-style "a cat" --model stabilityai/stable-diffusion-xl-base-1.0 --variant fp16 \\
-      --adapter ip-adapter_sdxl --style-image painting.png
-  diaphane instant-style "a cat" --model FOLDER --adapter ip-adapter_sdxl --style-image painting.png \\
-      --subtract "a lighthouse:0.5" --preset style+layout --control edges.png --control-model CONTROLNET
+  diaphane instant-style "a cat" --model FOLDER --adapter ip-adapter_sdxl --style-image painting.png
+  diaphane instant-style "a cat" --model FOLDER --adapter ip-adapter_sdxl --style-image a.png --subtract "a tower:0.5"
   diaphane instant-style "a cat" --model FOLDER --adapter ip-adapter_sdxl --style-image a.png --n 3 --amounts 0 0.5 1
+  diaphane instant-style "a cat" --model FOLDER --adapter ip-adapter_sdxl --style-image a.png --sites dec.1=1 enc.8=0.5
 """
 
 

@@ -47,7 +47,7 @@ def test_files_and_commands_that_are_named_exist(path: Path):
     named += [link for link in re.findall(r"\]\(([\w./-]+)\)", text) if "://" not in link]
     for name in named:
         assert (ROOT / name).exists() or (path.parent / name).exists(), name
-    said = set(re.findall(r"diaphane (\w+)", " ".join(re.findall(r"`[^`]+`|^diaphane .*$", text, re.MULTILINE))))
+    said = set(re.findall(r"diaphane (\w[\w-]*)", " ".join(re.findall(r"`[^`]+`|^diaphane .*$", text, re.MULTILINE))))
     assert said <= {*COMMANDS, "COMMAND"}
 
 
@@ -55,8 +55,9 @@ def test_the_examples_in_the_help_are_understood(capsys: pytest.CaptureFixture[s
     from importlib import import_module
 
     for command in COMMANDS:
-        parser = import_module(f"diaphane.cli.{command}").parser()
-        for words in re.findall(rf"^  diaphane {command}(.*)$", parser.epilog or "", re.MULTILINE):
+        parser = import_module(f"diaphane.cli.{command.replace('-', '_')}").parser()
+        epilog = re.sub(r"\\\n *", "", parser.epilog or "")  # a line that goes on
+        for words in re.findall(rf"^  diaphane {command}(| .*)$", epilog, re.MULTILINE):
             parser.parse_args(shlex.split(words))
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("diaphane ")

@@ -28,7 +28,7 @@ def test_the_example_loads_a_network():
 def test_every_part_and_setting_it_names_exists():
     parts = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", TEXT, re.MULTILINE)
     assert {name for row in parts for name in re.findall(r"\w+", row)} == set(weights.FAMILIES)
-    assert set(weights.FAMILIES.values()) == set(latent.PARTS)
+    assert set(weights.FAMILIES.values()) | {"ip_adapter"} == set(latent.PARTS)
     told = set(re.findall(r"`(\w+)=`", TEXT))
     assert told <= {name for names in FREE.values() for name in names}
 
