@@ -9,7 +9,8 @@ from pathlib import Path
 
 from diaphane.cli.roofline import drawn, points
 
-if __name__ == "__main__":
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", type=Path)
     parser.add_argument("picture", type=Path)
@@ -26,3 +27,7 @@ if __name__ == "__main__":
         raise SystemExit(f"{args.csv}: no row of those kernels and cases was timed")
     args.picture.write_bytes(drawn(rows, args.picture.suffix[1:] or "png"))
     print(f"wrote {args.picture}")
+
+
+if __name__ == "__main__":
+    main()
