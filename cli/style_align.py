@@ -97,6 +97,9 @@ def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> S
     if args.control and len(args.control) not in (1, len(texts) - 1):
         raise CommandError(f"--control: one for all, or one for each of {len(texts) - 1} targets; got "
                            f"{len(args.control)}")  # fmt: skip
+    if args.all_see_all and args.batch < len(texts) - 1:
+        raise CommandError("where all see all, no part of a set can be drawn without the rest: give --batch "
+                           f"{len(texts) - 1}")  # fmt: skip
     hints = [(picture(session, name, size) + 1) / 2 for name in args.control or ()]
     stacked = torch.cat(hints) if hints else None
     references = None

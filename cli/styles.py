@@ -125,7 +125,7 @@ def style_of(args: argparse.Namespace, net: Loaded, pictures: bool) -> Style:
     if not pictures:
         for name, value in (("--noised", args.noised), ("--invert-guidance", args.invert_guidance),
                             ("--offset", args.offset)):  # fmt: skip
-            if value not in (None, False):
+            if value is not None and value is not False:
                 raise CommandError(f"{name} says what becomes of a reference picture: give --reference")
     if args.eta and args.sampler != "ddim":
         raise CommandError("--eta is DDIM's fresh noise: give --sampler ddim")
