@@ -1,6 +1,7 @@
 """`diaphane invert` with a latent model, and what goes on from its trajectories."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diaphane.methods import style_reference
 from diaphane.methods import text_to_image as t2i
 from diaphane.methods.prompt import encode, size_ids
 from diaphane.samplers.inversion import invert
+from diaphane.samplers.noise import seeded
 from diaphane.samplers.path import leading
 from PIL import Image
 from safetensors import safe_open
@@ -214,6 +216,16 @@ def test_files_that_are_no_trajectory_are_refused_by_name(tmp_path: Path, capsys
     assert "leaves none of 2 steps" in refused(capsys, *begin, "--skip", 2)
     assert "two places to begin" in refused(capsys, *begin, "--init", tmp_path / "a.png")
     assert "give --from" in refused(capsys, "generate", "x", "--model", MODEL, "--skip", 2)
+
+
+def test_the_inversions_in_the_docs_run():
+    text = (Path(__file__).parent.parent / "docs" / "text_to_image.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "noise_maps" in block)
+    denoise = t2i.denoiser(parts().unet, encode(parts(), "a"), schedule=SCHEDULE, ids=size_ids((32, 32)))
+    path, photo = leading(3, offset=1), torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    found: dict[str, Any] = {"parts": parts(), "denoise": denoise, "other": denoise, "schedule": SCHEDULE, "path": path}
+    exec(code.replace("11", "1"), {**found, "photo": photo, "torch": torch, "seeded": seeded}, found)
+    assert [len(found["xs"]), found["edited"].x.shape] == [3, (1, 4, 4, 4)]
 
 
 def test_the_pixel_networks_are_inverted_as_before(
