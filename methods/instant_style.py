@@ -65,7 +65,7 @@ def averaged(states: Tensor, weights: Sequence[float] | None = None) -> Tensor:
 
 
 def subtracted(adapter: IPAdapter, states: Tensor, contents: Sequence[tuple[Tensor, float]]) -> Tensor:
-    """Embeddings (n, E) less weight times each text embedding (1 or n, E) (Wang et al. 2024, section 3.2).
+    """Embeddings (n, E) less weight times each text embedding (1 or n, E) (Wang et al. 2024).
 
     Both are of one CLIP, projected and not normalised: SDXL's second text encoder belongs to bigG, ViT-H has its own.
     A ValueError is raised for adapters that read states, of which no text can be subtracted, and for another CLIP's.

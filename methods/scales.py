@@ -10,7 +10,7 @@ from ..model.unet import UNetConfig
 Number = float | int | Sequence[float]  # a list: one for each picture of an adapter that has masks
 Scales = dict[Site, float | tuple[float, ...]]
 PRESETS = ("style", "layout", "style+layout", "all")
-# InstantStyle's blocks (Wang et al. 2024, section 3.2) of SDXL, and those its authors name for Stable Diffusion 1
+# InstantStyle's blocks (Wang et al. 2024) of SDXL, and those its authors name for Stable Diffusion 1
 XL = {"style": ["up_blocks.0.attentions.1"], "layout": ["down_blocks.2.attentions.1"]}
 SD = {"style": ["up_blocks.1"], "layout": ["down_blocks.2", "mid_block"]}
 

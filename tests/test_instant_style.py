@@ -1,8 +1,10 @@
 """InstantStyle on the tiny model: null settings, definitions, places, masks, ranges, gradients, one graph, refusals."""
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,12 +30,14 @@ from diaphane.model.unet import SD15, SDXL, SDXL_REFINER, Attention, UNet, UNetC
 from diaphane.samplers.euler import euler
 from diaphane.samplers.path import leading
 from diaphane.samplers.schedule import scaled_linear
+from PIL import Image
 from torch import Tensor
 
 from .golden_image_prompt import LINEAR, LINEAR_H, PLUS, adapter
 from .golden_instantstyle import tower
-from .golden_latent import parts
+from .golden_latent import TINY, parts
 
+DOCS = Path(__file__).parent.parent / "docs" / "instant_style.md"
 CFG = parts().unet.cfg
 LINES = Site("dec.1", 0, "cross")
 
@@ -424,3 +428,21 @@ def test_numbers_of_images_need_masks_and_a_batch_of_other_rows_is_refused():
         eps(prompted(masks=torch.ones(1, 1, 32, 32), size=(4, 4)), size=(16, 16))
     with pytest.raises(ValueError, match="tokens are"):
         image_prompt(adapter(LINEAR), CFG, Pictures(*(t[0] for t in pictures())), {})
+
+
+def test_the_docs_python_draws_a_picture(tmp_path: Path):
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "painting.png")
+    for old, new in {
+        '"stabilityai/stable-diffusion-xl-base-1.0", variant="fp16"': repr(str(TINY)),
+        '"ip-adapter_sdxl.safetensors"': repr(str(TINY / "ip_adapter" / LINEAR)),
+        '"image_encoder", "image_encoder"': f"{str(TINY)!r}, 'image_encoder'",
+        '"painting.png"': repr(str(tmp_path / "painting.png")),
+        "(1024, 1024)": "(64, 64)",
+        "leading(30": "leading(1",
+    }.items():
+        assert old in code
+        code = code.replace(old, new)
+    names: dict = {}
+    exec(code, names)
+    assert names["picture"].shape == (1, 3, 64, 64)
