@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .clip import TextConfig, TextTower, VisionConfig, VisionTower
 from .controlnet import ControlNet, ControlNetConfig
 from .image_prompt import IPAdapter, IPAdapterConfig
-from .load import assembled
+from .load import FAMILIES, assembled
 from .unet import UNet, UNetConfig
 from .vae import VAE, VAEConfig
 
@@ -37,6 +37,8 @@ def build(
     to be of one floating type.  Raises ValueError for an unknown part or setting, tensors that do not fit, mixed types,
     and values that `dtype` cannot hold.
     """
+    if family in FAMILIES:
+        raise ValueError(f"{family} is a pixel network: diaphane.model.load.build makes it")
     if family not in PARTS:
         raise ValueError(f"there is no part {family!r}: it is one of {', '.join(PARTS)}")
     network, settings = PARTS[family]

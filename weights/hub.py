@@ -49,6 +49,8 @@ def fetch(repo: str, files: Sequence[str], *, revision: str | None = None, check
 
 def fetch_entry(entry: Entry) -> Path:
     """The file of a catalogue entry.  Raises MissingFileError for one that is to be downloaded by hand."""
+    if entry.variant:
+        raise MissingFileError(f"{entry.name} is a folder of parts: diaphane.weights.pipeline.load takes it")
     if entry.repo and "*" in entry.file:
         raise MissingFileError(f"the file's name in {entry.repo} is not known: look it up there and give file=")
     if entry.repo:

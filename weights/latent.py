@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from . import clip, controlnet, unet, vae
+from . import clip, controlnet, hub, unet, vae
+from .catalogue import CATALOGUE
 from .errors import LayoutError, MissingFileError, WeightsError, first
 from .files import check_floating, opened, read_json
 from .latent_settings import settings
 from .layout import Layout, state
-from .load import Network, chosen
+from .load import PREFERRED, SUFFIXES, Network, chosen
 from .names import Shape, rename
 
 # what a single file holds, by the beginnings of its keys, under the names of diffusers' folders
@@ -73,12 +74,16 @@ def load(
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     **given: Any,
 ) -> Network:
-    """One part of a model on this disk: of a single file, of a folder of diffusers', or a file of its own.
+    """One part of a model: of a single file, of a folder of diffusers', or a file of its own, on this disk or the Hub.
 
     `part` is unet, vae, text_encoder, text_encoder_2, image_encoder or controlnet; it may be left out where there is
-    one alone.  `config` and `given` are as in `diaphane.weights.load`.  Raises a WeightsError of one line.
+    one alone.  `source` may be a name of the catalogue or a repository, of which `file` or, else, the part's weights in
+    full precision are fetched.  `config` and `given` are as in `diaphane.weights.load`.  Raises a WeightsError of one
+    line.
     """
     path = Path(source).expanduser()
+    if isinstance(source, str) and not path.exists():
+        path = fetched(source, part, file)
     if path.is_dir():
         inside = path / part if part and (path / part).is_dir() else path
         if part and inside == path and any(child.is_dir() for child in path.iterdir()):
@@ -87,6 +92,16 @@ def load(
     if not path.is_file():
         raise MissingFileError(f"there is no {path}: give a weight file or a folder")
     return read(path, part, config=config, **given)
+
+
+def fetched(name: str, part: str | None, file: str | None) -> Path:
+    """The file of a catalogue entry, or a repository's.  Raises MissingFileError for what is neither, HubError."""
+    if name in CATALOGUE:
+        return hub.fetch_entry(CATALOGUE[name])
+    if not hub.is_repo(name) or name.endswith(SUFFIXES):
+        raise MissingFileError(f"there is no {name[:200]}: give a file, a folder, a repository or a catalogued name")
+    inside = [f"{part}/{found}" for found in PREFERRED] if part else []
+    return hub.fetch(name, [file] if file else [*inside, *PREFERRED])
 
 
 def folders(path: Path) -> list[str]:

@@ -54,6 +54,14 @@ FOREIGN = {
     r"(block\d+\.|\d+\.)?(temb_proj|norm2|in_layers\.[02]|emb_layers\.1|out_layers\.[03])\.": "Asyrp's delta blocks",
     r"(text_model|vision_model|visual)\.": "a CLIP model",
 }
+ELSEWHERE = {
+    "a latent diffusion UNet with text (Stable Diffusion)": "`diaphane generate` draws with such models, "
+    "diaphane.weights.pipeline.load and latent.load read them",
+    "an autoencoder": "diaphane.weights.latent.load reads autoencoders",
+    "a CLIP model": "diaphane.weights.latent.load reads CLIP",
+    "a LoRA": "`diaphane generate --lora` takes it",
+    "Asyrp's delta blocks": "`diaphane asyrp --delta` takes them",
+}
 PREFIXES = ("state_dict.", "ema.", "model_ema.", "module.", "model.")
 WRAPPERS = ("ema", "model_ema", "state_dict", "model")  # the first that is there: averaged weights before raw ones
 

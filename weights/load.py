@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from . import adm, hub
 from .catalogue import CATALOGUE
 from .errors import LayoutError, MissingFileError, WeightsError
 from .files import HALVES, check_finite, check_floating, opened, read_json, sha256
-from .layout import ADM_DIFFUSERS, detect, foreign, state
+from .layout import ADM_DIFFUSERS, ELSEWHERE, detect, foreign, state
 from .names import rename
 from .settings import settings
 
@@ -64,8 +65,14 @@ def load(
     of the config.json beside the weights; {} does without.  `given` are settings of the family that the tensors
     cannot say (resolution, groups, heads, head_dim, qkv, dropout); they win over `config`.  A plain word that names
     an embedded or catalogued network is that network, not a folder of that name (write ./word for the folder).
-    Raises a WeightsError of one line with the cure.
+    Raises a WeightsError of one line with the cure, also for latent models, which `pipeline.load` and `latent.load`
+    read.
     """
+    entry = CATALOGUE.get(source) if isinstance(source, str) and source not in embedded() else None
+    if entry and entry.family not in ("ddpm", "adm", "ddpmpp"):
+        what = "a latent diffusion model" if entry.family == "model" else f"of the kind {entry.family}"
+        hint = ": diaphane.weights.pipeline.load and `diaphane generate` take it" if entry.family == "model" else ""
+        raise LayoutError(f"{source} is {what}; pixel DDPM, ADM and DDPM++ networks are read here{hint}")
     return read(find(source, file, revision), config=config, **given)
 
 
@@ -89,7 +96,8 @@ def read(path: Path, *, config: Mapping[str, Any] | str | os.PathLike[str] | Non
         tensors = rename(tensors, layout.tables.table(plan, layout.column), layout.tables.want(plan), ignore=strays)
     except LayoutError as e:
         if what := foreign(tensors):
-            raise LayoutError(f"{path} is {what}; pixel DDPM, ADM and DDPM++ networks are read here") from e
+            hint = f": {ELSEWHERE[what]}" if what in ELSEWHERE else ""
+            raise LayoutError(f"{path} is {what}; pixel DDPM, ADM and DDPM++ networks are read here{hint}") from e
         lists = {name: getattr(e, name) for name in ("missing", "unexpected", "misshapen", "doubled")}
         raise LayoutError(f"{where}: {e.message}".removesuffix(": "), **lists) from e
     try:
@@ -123,9 +131,10 @@ def find(source: str | os.PathLike[str], file: str | None = None, revision: str 
         raise MissingFileError(f"cannot open {name[:200]}: {getattr(e, 'strerror', None) or e}") from e
     if isinstance(source, str) and hub.is_repo(name) and not name.endswith(SUFFIXES):
         return hub.fetch(name, [file] if file else PREFERRED, revision=revision)
+    near = ", ".join(get_close_matches(name, (*embedded(), *CATALOGUE), n=3)) or "`diaphane fetch` lists them"
     raise MissingFileError(
         f"there is no {name or 'file without a name'}: give a weight file, a folder, a repository such as "
-        f"google/ddpm-cifar10-32, or one of {', '.join((*embedded(), *CATALOGUE))}"
+        f"google/ddpm-cifar10-32, or a name of the catalogue ({near})"
     )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import hub, latent
+from .catalogue import CATALOGUE
 from .conventions import Conventions, of_scheduler, of_single_file
 from .errors import ConfigError, LayoutError, MissingFileError, WeightsError
 from .files import Opened, check_floating, opened, read_json, sharded
@@ -47,16 +48,21 @@ def load(
 ) -> Pipeline:
     """A model's parts, nothing of them read, copied or cast yet: tensors stay in their files until they are used.
 
-    `source` is a single file, a folder with model_index.json, or a repository of either kind (`file` names the single
-    file in it).  `variant` is the "fp16" of file names such as model.fp16.safetensors.  `tokenizer` is a folder or a
-    repository with vocab.json and merges.txt, in it or in its tokenizer/; without one, and for single files, which
-    hold none, towers of 49,408 tokens get CLIP's own, which ships with the package.  `replaced` takes
-    parts from elsewhere ({"vae": path}), `given` settings that tensors cannot say ({"unet": {"head_dim": 64}}), and
-    `prediction` is eps or v where no file says which.  Raises a WeightsError of one line, among others for parts that
-    do not belong together.
+    `source` is a single file, a folder with model_index.json, a repository of either kind (`file` names the single
+    file in it) or a name of the catalogue.  `variant` is the "fp16" of file names such as model.fp16.safetensors.
+    `tokenizer` is a folder or a repository with vocab.json and merges.txt, in it or in its tokenizer/; without one, and
+    for single files, which hold none, towers of 49,408 tokens get CLIP's own, which ships with the package.  `replaced`
+    takes parts from elsewhere ({"vae": path}), `given` settings that tensors cannot say ({"unet": {"head_dim": 64}}),
+    and `prediction` is eps or v where no file says which.  Raises a WeightsError of one line, among others for parts
+    that do not belong together.
     """
     name = os.fspath(source)
     given = given or {}
+    if entry := CATALOGUE.get(name) if isinstance(source, str) else None:
+        if entry.family != "model" or entry.repo is None:
+            raise ConfigError(f"{name} is of the kind {entry.family}, not a whole latent model")
+        file = file or (None if entry.variant else entry.file)
+        name, variant, prediction = entry.repo, variant or entry.variant, prediction or entry.prediction
     if strange := [part for part in (*(replaced or {}), *given) if part not in PARTS]:
         raise ConfigError(f"a model has no part {strange[0]}: its parts are {', '.join(PARTS)}")
     path = single(name, file, revision)
@@ -172,9 +178,12 @@ def in_subfolder(folder: Folder, part: str, variant: str | None, given: Mapping[
 
 
 def alone(part: str, source: Source, variant: str | None, given: Mapping[str, Any]) -> Network:
-    """One part from elsewhere: a file, a folder of its own, a part's folder in a model, or a repository."""
+    """One part from elsewhere: a file, a folder of its own or in a model, a repository, a name of the catalogue."""
     name = os.fspath(source)
-    path = Path(name).expanduser()
+    entry = CATALOGUE.get(name) if isinstance(source, str) else None
+    if entry and entry.variant and entry.repo:
+        name, variant = entry.repo, variant or entry.variant
+    path = hub.fetch_entry(entry) if entry and not entry.variant else Path(name).expanduser()
     if path.is_file():
         return latent.load(path, part if holds_parts(path) else None, **given)
     folder = Folder(name)
