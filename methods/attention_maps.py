@@ -6,7 +6,7 @@ figure 11 the three largest principal components of the mean map as red, green a
 averaged; here it is over heads, and over the layers of one resolution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -44,6 +44,7 @@ class SharedMaps:
     n: int
     queries: Sequence[int] | None = None  # rows to keep, tokens of the image; all by default
     tokens: int | None = None  # only layers of so many tokens; all by default
+    sites: Container[Site] | None = None  # only these layers; all by default
     means: dict[tuple[int, int], Mean] = field(default_factory=dict)
 
     def watching(self, ops: Ops) -> Ops:
@@ -53,7 +54,7 @@ class SharedMaps:
             site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, seen: Seen | None = None
         ) -> Tensor:
             tokens = q.shape[2]
-            if site.kind == "self" and self.tokens in (None, tokens):
+            if site.kind == "self" and self.tokens in (None, tokens) and (self.sites is None or site in self.sites):
                 for image in self.images:
                     row = len(q) - self.n + image
                     if not 0 <= image < self.n or row < 0:

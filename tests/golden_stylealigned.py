@@ -175,7 +175,7 @@ def attention(case: Case):
     if seen.ref is not None:
         assert seen.ref.tolist() == ref.tolist()
         q, k = reference.adain(q, ref), reference.adain(k, ref)
-    if seen.sources is not None:  # what was not put side by side
+    if flags["share_attention"] and not flags["full_attention_share"]:  # what was not put side by side
         gain = torch.where(ref == torch.arange(2 * n), 1.0, flags["shared_score_scale"])[:, None, None, None]
         k, v = torch.cat([k, k[ref] * gain], 2), torch.cat([v, v[ref]], 2)
     within(case, "out.q", q)
@@ -183,7 +183,7 @@ def attention(case: Case):
     within(case, "out.v", v)
     logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     shift = torch.zeros(k.shape[2])
-    shift[tokens:] = flags["shared_score_shift"]
+    shift[tokens:] = flags["shared_score_shift"]  # of an attention that shares
     within(case, "out.probs", (logits + shift).softmax(-1))
 
 
@@ -226,16 +226,17 @@ def maps(case: Case):
     unet = parts().unet
     tokens = said["token_grid"][0] * said["token_grid"][1]
     watched: list[Site] = []
-    shared = SharedMaps(range(n), n, tokens=tokens)
+    every = [sites.site(unet.cfg, name) for name in said["layers_execution_order"]]
+    shared = SharedMaps(range(n), n, tokens=tokens, sites=every)
     ops = shared.watching(TORCH)
 
     def attend(site: Site, q: Tensor, *rest: object) -> Tensor:
-        watched.extend([site] if site.kind == "self" and q.shape[2] == tokens else [])
+        watched.extend([site] if site in sharing and q.shape[2] == tokens else [])
         return ops.attend(site, q, *rest)
 
     flags = said["style_aligned"]
+    sharing = by_level(unet.cfg, flags["only_self_level"])
     unet(x, unet.embed(*inputs), knobs(said, [0] * n, replace(ops, attend=attend)))
-    every = [sites.site(unet.cfg, name) for name in said["layers_execution_order"]]
     assert watched == every
     part = 1 / (1 + torch.tensor(flags["shared_score_shift"]).exp())
     first = shared.mean(0, tokens)  # the reference sees itself once; written out it has two copies of its keys
