@@ -92,14 +92,12 @@ def texts(case: Case, names: list[str], size: tuple[int, int]) -> Denoise:
 
 def inversion(case: Case):
     said = case.settings
-    for key in ("seed", "fp64_gap"):  # where the data comes from
-        said.value.get(key)
-        said.read[key] = None
+    said.read |= {key: value for key, value in said.value.items() if key == "seed" or key.startswith("fp64_gap")}
     train, walk_of = trained(said["scheduler"])
     walk, x0 = walk_of(said["n"]), case.input("x0")
-    size, wide = (said["H"], said.get("W", said["H"])), "null_embeds"
+    size = (said["H"], said.get("W", said["H"]))
     assert tuple(x0.shape[-2:]) == size
-    assert case.input(wide).shape[1] == said["L"]
+    assert case.input("null_embeds").shape[1] == said["L"]
     within(case, "timesteps", torch.tensor(walk[:-1]), 0)
     source = guided(texts(case, ["null", "src"], size), texts(case, ["src"], size), said["cfg_src"])
     target = guided(texts(case, ["null", "tar"], size), texts(case, ["tar"], size), said["cfg_tar"])

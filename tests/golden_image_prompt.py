@@ -27,6 +27,8 @@ def cases(folder: Folder) -> list[Case]:
     found = []
     for path in sorted(folder.path.glob("*.safetensors")):
         kind, stem = kind_of(path.stem), path.stem
+        if not kind:
+            continue
         stored, said = frozenset(folder.tensors(stem)), whole_entry(folder, stem)
         if kind == "image_tokens":
             found.append(Case(f"{stem}-image", tokens, folder, stem, stored, said))

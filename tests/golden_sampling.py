@@ -38,6 +38,8 @@ STEPPED = frozenset(("latents_per_step", "final_latents"))
 
 def plainly(case: Case, n: int) -> Ops:
     """No image prompt."""
+    for key in ("adapter", "ip_adapter_scale"):
+        case.settings["settings"].get(key)
     return TORCH
 
 
