@@ -144,6 +144,8 @@ def ready(name: str | None, option: str, overwrite: bool) -> Path | None:
     if name is None:
         return None
     path = Path(name)
+    if not path.name:
+        raise CommandError(f"{option} {name!r} names no file")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise CommandError(f"{option} {name}: {path.parent} is no folder that can be written to")
     if path.is_dir() or (path.exists() and not overwrite):
@@ -174,6 +176,8 @@ def run(argv: Sequence[str]) -> int:
         raise CommandError(f"--device {args.device}: kernels are timed on cpu and cuda")
     chosen(args, device.type)
     file, plot = ready(args.csv, "--csv", args.overwrite), ready(args.plot, "--plot", args.overwrite)
+    if file and plot and file.absolute() == plot.absolute():
+        raise CommandError(f"--csv and --plot name the same file, {plot}")
     if plot and plot.suffix not in FORMATS:
         raise CommandError(f"--plot {plot}: a picture ends in {', '.join(FORMATS)}")
     if plot and not importlib.util.find_spec("matplotlib"):

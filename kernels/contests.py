@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .timing import Ceilings, Once, Spread, Way, clock, interleaved, peak, ratios, spread
+from .timing import LEAST, Ceilings, Once, Spread, Way, clock, interleaved, peak, ratios, spread
 
 OURS = "diaphane"
 LENIENCE = 2  # how much more a rival may err than ours: it has to be right, not as exact as it was promised to be
@@ -129,11 +129,11 @@ def compete(contest: Contest, device: torch.device, rounds: int, once: Once | No
             rows[name] = replace(row, error=error, most=most, memory=peak(way, device))
         ways[name] = way
     with torch.no_grad():
-        samples = interleaved(ways, rounds, once)
+        samples = interleaved(ways, rounds, once, LEAST[device.type])
         for name, way in ways.items():
             setup = None
             if way.setup:
-                setup = spread(interleaved({name: Way(way.setup)}, min(rounds, 5), once)[name])
+                setup = spread(interleaved({name: Way(way.setup)}, min(rounds, 5), once, LEAST[device.type])[name])
             ratio = ratios(samples[OURS], samples[name]) if OURS in samples and name != OURS else None
             yield replace(rows[name], time=spread(samples[name]), ratio=ratio, setup=setup)
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .device import TRITON_INSTALLED
 
-SAMPLE = 5.0  # milliseconds that a sample on a CPU should last at least
-FLUSH = 256 << 20  # bytes written before each call on a GPU, more than any cache holds
+LEAST = {"cpu": 5.0, "cuda": 1.0}  # milliseconds that a sample should last at least
+FLUSH, FLUSHES = 256 << 20, 8  # bytes written before each call on a GPU, more than any cache holds, and how often
 
 
 class Way(NamedTuple):
@@ -73,10 +73,10 @@ def cpu_once(way: Way, calls: int) -> float:
 
 
 def cuda_once(device: torch.device) -> Once:
-    """By events on the device, one call at a time, from caches that hold nothing.
+    """By events on the device, one call at a time, from caches that hold nothing of it.
 
-    The write that empties them keeps the device busy while the host queues the call, so that short calls are not timed
-    by their launches, as long as they are queued within it (some 100 microseconds).
+    The writes that empty them keep the device busy, for some 700 microseconds on an H100, while the host queues the
+    call: it is the device's time, without gaps between launches, unless the call itself waits for the device.
     """
     dirt = torch.empty(FLUSH, dtype=torch.int8, device=device)
 
@@ -85,7 +85,8 @@ def cuda_once(device: torch.device) -> Once:
         with torch.cuda.device(device), way.within():
             for _ in range(calls):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                dirt.zero_()
+                for _ in range(FLUSHES):
+                    dirt.zero_()
                 start.record()
                 way.run()
                 end.record()
@@ -103,7 +104,9 @@ def clock(device: torch.device) -> Once:
     return cuda_once(device) if device.type == "cuda" else cpu_once
 
 
-def interleaved(ways: Mapping[str, Way], rounds: int, once: Once, least: float = SAMPLE) -> dict[str, list[float]]:
+def interleaved(
+    ways: Mapping[str, Way], rounds: int, once: Once, least: float = LEAST["cpu"]
+) -> dict[str, list[float]]:
     """Milliseconds per call: a sample of each way in turn, `rounds` times, the order reversed every other round.
 
     Two calls of each come first and are not counted; the second says how many calls make a sample of `least` ms.
@@ -163,14 +166,17 @@ def _quiet() -> Iterator[None]:
 def ceilings(device: torch.device, dtype: torch.dtype, size: int | None = None) -> Ceilings:
     """The best of several matrix products, exponentials and copies, the work of each large enough to hide its start.
 
-    Products are of two square matrices in `dtype`; exponentials are torch's own in float32 from cache on a CPU, and
-    Triton's 2^x in registers on a GPU (none, as nan, where there is no Triton); a copy reads and writes.  `size` in
-    place of the matrices' side and of the square root of the copied elements.
+    Products are of two square matrices in `dtype`, or in float32 where a CPU is quicker in that; exponentials are
+    torch's own in float32 from cache on a CPU, and Triton's 2^x in registers on a GPU (none, as nan, where there is no
+    Triton); a copy reads and writes.  `size` in place of the matrices' side and of the square root of the copied
+    elements.
     """
     once, cuda = clock(device), device.type == "cuda"
     side = size or (8192 if cuda else 1024)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    product = _best(once, lambda: a @ b)
+    product = math.inf
+    for kind in {dtype} if cuda else {dtype, torch.float32}:
+        a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
+        product = min(product, _best(once, lambda a=a, b=b: a @ b))
     many = (size or (1 << 14 if cuda else 1 << 12)) ** 2
     x = torch.empty(many, dtype=torch.float32, device=device).fill_(1.0)
     y = torch.empty_like(x)
@@ -179,10 +185,12 @@ def ceilings(device: torch.device, dtype: torch.dtype, size: int | None = None) 
     return Ceilings(2e3 * side**3 / product, exps, 2 * 4e3 * many / copied)
 
 
-def _best(once: Once, run: Callable[[], object], tries: int = 15) -> float:
-    """Milliseconds of the quickest call."""
-    way = Way(run)
-    return min(once(way, 1) for _ in range(tries + 2))
+def _best(once: Once, run: Callable[[], object], tries: int = 20, within: float = 1e3) -> float:
+    """Milliseconds of the quickest of some calls; no more are made when they have taken `within` ms."""
+    way, times = Way(run), []
+    while len(times) < tries and sum(times) < within:
+        times.append(once(way, 1))
+    return min(times)
 
 
 def _exponentials(once: Once, device: torch.device) -> float:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,34 @@ def test_peak_memory_is_what_is_held_at_once():
 def test_the_machine_s_ceilings_are_rates():
     found = timing.ceilings(CPU, torch.float32, size=64)
     assert all(1e6 < rate < 1e15 for rate in found)
+
+
+def test_on_a_gpu_a_call_is_queued_behind_writes_and_timed_by_events(monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("record")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, other: "Event") -> float:
+            return 3.0
+
+    class Dirt:
+        def zero_(self) -> None:
+            said.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: Dirt())
+    clock = timing.clock(torch.device("cuda"))
+    assert clock(Way(lambda: said.append("run")), 2) == 3.0
+    assert said == 2 * [*timing.FLUSHES * ["flush"], "record", "run", "record", "wait"]
 
 
 def test_only_cpu_and_cuda_are_timed():
@@ -259,6 +288,8 @@ def test_an_interruption_keeps_the_rows_that_were_finished(tmp_path: Path, capsy
         (["--plot", "rows.bmp"], "a picture ends in .png, .svg, .pdf"),
         (["--device", "meta"], "a meta device computes nothing"),
         (["--device", "nothing"], "there is no device 'nothing'"),
+        (["--csv", ""], "--csv '' names no file"),
+        (["--csv", "a.png", "--plot", "a.png"], "--csv and --plot name the same file, a.png"),
         (["--csv", __file__], "is there already: name another, or give --overwrite"),
     ],
 )
