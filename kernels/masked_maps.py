@@ -143,6 +143,10 @@ def _backward(
     The columns reach the softmax's sum through the log-sum-exp, whose gradient source attention's backward takes, and
     the chosen keys directly.
     """
+    if takes_triton(q, HALF, WIDEST):
+        from . import masked_maps_triton
+
+        return masked_maps_triton.backward(g, g_lse, g_maps, out, lse, q, k, v, tokens, scale)
     b, h, _, _ = q.shape
     g_maps = g_maps.masked_fill((tokens < 0)[:, None], 0.0) / h
     keys = chosen(k, tokens)
@@ -156,14 +160,14 @@ def _backward(
     sums = sums if g_lse is None else sums + g_lse
     if v is None:
         g = out = torch.zeros_like(q)
+    results = [token_major(x) for x in (q, k, v) if x is not None]
+    g, out, *given = (x.to(lse.dtype) for x in (g, out, q, k, k if v is None else v))  # rounded once, at the end
     none = tokens.new_zeros(b + 1), tokens.new_zeros((0, 4)), lse.new_zeros((0, 2), dtype=torch.float32)
-    rest = torch.ops.diaphane.source_attention_backward(
-        g, sums, out, lse, q, k, k if v is None else v, None, None, *none, None, None, scale
-    )
+    rest = torch.ops.diaphane.source_attention_backward(g, sums, out, lse, *given, None, None, *none, None, None, scale)
     onehot = (tokens[:, :, None] == torch.arange(k.shape[2], device=k.device)).to(lse.dtype)  # (B, T, M)
     dq = rest[0] + torch.stack(by_q, 1)
     dk = rest[1] + onehot.mT[:, None] @ torch.stack(by_keys, 1)
-    return [token_major(x).copy_(y) for x, y in ((q, dq), (k, dk))] + rest[2:] * (v is not None)
+    return [result.copy_(x) for result, x in zip(results, (dq, dk, rest[2]), strict=False)]
 
 
 @_backward.register_fake

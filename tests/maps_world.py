@@ -17,6 +17,9 @@ from diaphane.kernels.masked_maps import masked_maps, token_maps
 from diaphane.kernels.match import match
 from torch import Tensor
 
+# what runs in the interpreter in half precision; in float32 every case does
+HALF = ("maps", "maps-40", "maps-huge", "match", "match-huge", "match-small", "kept", "kept-apart")
+BFLOAT = ("maps", "match", "kept")
 Errors = dict[str, tuple[float, float]]
 
 
