@@ -20,6 +20,7 @@ def conditions(device: torch.device) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if cuda else platform.machine(),
         "clocks": clocks(device) if cuda else "",
+        "clock": "events" if cuda else "process" if torch.get_num_threads() == 1 else "wall",
         "threads": "" if cuda else str(torch.get_num_threads()),
         "cores": "" if cuda else str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ""),
         "torch": torch.__version__,

@@ -4,6 +4,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -83,6 +84,12 @@ def test_ways_take_turns_and_every_other_round_runs_backwards():
     ways = {name: Way(lambda name=name: order.append(name)) for name in "abc"}
     interleaved(ways, 3, once, least=0)
     assert "".join(order) == "aabbcc" + "cba" + "abc" + "cba"
+
+
+def test_on_one_thread_only_the_process_s_own_time_counts():
+    assert torch.get_num_threads() == 1
+    assert timing.cpu_once(Way(lambda: time.sleep(0.05)), 1) < 50
+    assert conditions.conditions(CPU)["clock"] == "process"
 
 
 def test_a_quick_way_is_called_often_enough_to_be_timed():
