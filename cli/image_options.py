@@ -16,8 +16,8 @@ H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 def options(p: argparse.ArgumentParser) -> None:
     """The options that say which adapters, and what they are shown."""
     g = p.add_argument_group("image prompt")
-    g.add_argument("--adapter", nargs="+", required=True, metavar="NAME", help="IP-Adapters: files or names of "
-                   "`diaphane fetch` (ip-adapter_sdxl ...)")  # fmt: skip
+    g.add_argument("--adapter", nargs="+", required=True, metavar="NAME", help="IP-Adapters: files, OWNER/REPO:FILE, "
+                   "or names of `diaphane fetch` (ip-adapter_sdxl ...)")  # fmt: skip
     g.add_argument("--style-image", nargs="+", required=True, metavar="PICTURE", help="what the adapter is shown; with "
                    "several adapters one each, or as --share says")  # fmt: skip
     g.add_argument("--share", nargs="+", type=int, metavar="N", help="how many of the pictures each adapter has")

@@ -24,13 +24,13 @@ from ..methods.instant_style import (
 from ..methods.prompt import encode
 from ..methods.scales import Scales
 from ..model.clip import VisionTower
-from ..model.image_prompt import IPAdapter, IPAdapterConfig
+from ..model.image_prompt import IPAdapter
 from ..model.latent import build
-from ..model.load import assembled
 from ..model.ops import TORCH, Ops
 from ..model.pixels import clip_pixels
 from ..samplers.parameterisation import Denoise
 from ..weights import ip_adapter, latent
+from ..weights.hub import is_repo
 from ..weights.load import Network, find
 from . import images, latents
 from .draw import Around
@@ -66,9 +66,8 @@ class Shown:
         """For n pictures of a size in pixels; `path` is the timesteps that run."""
         first, last = (None, None) if self.steps is None else between(path, *self.steps)
         latents = (size[0] // net.parts.factor, size[1] // net.parts.factor)
-        with net.on(self.adapter):
-            return image_prompt(self.adapter, net.parts.unet.cfg, self.pictures.repeated(n), self.scale,
-                                strength=strength, masks=self.masks, size=latents, first=first, last=last)  # fmt: skip
+        return image_prompt(self.adapter, net.parts.unet.cfg, self.pictures.repeated(n), self.scale,
+                            strength=strength, masks=self.masks, size=latents, first=first, last=last)  # fmt: skip
 
 
 def loaded(args: argparse.Namespace) -> Loaded:
@@ -81,11 +80,14 @@ def loaded(args: argparse.Namespace) -> Loaded:
     kind = next(base.parts.unet.parameters())
     adapters, encoders, files = [], [], dict[str, str]()
     for i, name in enumerate(args.adapter):
-        net = ip_adapter.load(name)
-        adapter = assembled(IPAdapter, IPAdapterConfig, net.config, net.tensors, dtype=kind.dtype, device=kind.device)
+        source, file = in_repo(name)
+        net = ip_adapter.load(source, file=file)
+        mixed = len({t.dtype for t in net.tensors.values()}) > 1
+        adapter = build(net.family, net.config, net.tensors, dtype=kind.dtype if mixed else None)
         adapter.fits(base.parts.unet.cfg)
-        source = args.image_encoder[min(i, len(args.image_encoder) - 1)] if args.image_encoder else published(adapter)
-        tower = part(source, "image_encoder")
+        adapter.proj.to(device=kind.device, dtype=kind.dtype)  # the rest stays in its file
+        eye = args.image_encoder[min(i, len(args.image_encoder) - 1)] if args.image_encoder else published(adapter)
+        tower = part(eye, "image_encoder")
         fits(adapter, tower, base, name)
         adapters.append(adapter)
         encoders.append(tower)
@@ -108,6 +110,12 @@ def fits(adapter: IPAdapter, tower: Network, base: latents.Loaded, name: str) ->
         raise CommandError(f"{name} and {tower.path}: {e}") from e
 
 
+def in_repo(name: str) -> tuple[str, str | None]:
+    """OWNER/NAME:FILE of the Hub -> both; anything else as it is."""
+    repo, colon, file = name.partition(":")
+    return (repo, file) if colon and file and is_repo(repo) and not Path(name).exists() else (name, None)
+
+
 def published(adapter: IPAdapter) -> str:
     """The catalogue's name of the image encoder that an adapter reads.  Raises CommandError for others."""
     reads = 1024 if adapter.cfg.kind != "linear" and adapter.cfg.reads == 1280 else adapter.cfg.reads
@@ -119,7 +127,7 @@ def published(adapter: IPAdapter) -> str:
 def part(source: str, what: str) -> Network:
     """A tower of CLIP's from a file, a folder, a name of the catalogue or a repository."""
     path = Path(source).expanduser()
-    net = latent.load(path, what) if path.exists() else latent.read(find(source), what)
+    net = latent.load(path, what) if path.exists() else latent.read(find(*in_repo(source)), what)
     if net.family != {"image_encoder": "clip_vision", "text_encoder": "clip_text"}[what]:
         raise CommandError(f"{source} is of the kind {net.family}: a tower of CLIP's for "
                            f"{'pictures' if what == 'image_encoder' else 'text'} fits there")  # fmt: skip
@@ -145,7 +153,7 @@ def shown(args: argparse.Namespace, session: Session, net: Loaded, size: tuple[i
         scale = placed(args, net.parts.unet.cfg, i, k, many if here is not None else None)
         kind, at = next(net.parts.unet.parameters()).dtype, next(net.parts.unet.parameters()).device
         tower = build(encoder.family, encoder.config, encoder.tensors, dtype=kind, device=at)
-        with net.on(tower, adapter):
+        with net.on(tower, adapter.proj):
             states = features(adapter, tower, pixels(session, [args.style_image[j] for j in mine], tower, args, net))
             if args.average is not None:
                 states = averaged(states, args.average or None)

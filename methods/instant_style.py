@@ -157,6 +157,7 @@ def image_prompt(
 ) -> ImagePrompt:
     """What an adapter adds, with keys and values computed here, at the places of `scale` alone.
 
+    Matrices of other places are not touched: an adapter may stay where its file maps it; tokens say type and device.
     Several images of one adapter are seen by one softmax.  With `masks` (1 or B, n, H, W) in [0, 1], at the size of
     the pictures that are drawn or in their proportions, each image has a softmax of its own and is seen where its
     mask is; `size` is then (height, width) of the latents.  `strength` (B,) is a further number a picture.
@@ -175,18 +176,19 @@ def image_prompt(
         if isinstance(value, tuple) and (masks is None or len(value) != n):
             why = f"has {n}" if masks is not None else "has no masks: give it one number"
             raise ValueError(f"{at.stage} has {len(value)} scales for images, the adapter {why}")
-    kind = next(adapter.parameters()).dtype
-    both = torch.cat([pictures.nothing.expand(-1, n, -1, -1), tokens]).to(kind)  # (2B, n, N, D): guidance's halves
+    both = torch.cat([pictures.nothing.expand(-1, n, -1, -1), tokens])  # (2B, n, N, D): guidance's halves
     index = {found: i for i, (found, _) in enumerate(text_sites(cfg))}
     terms: dict[Site, Term] = {}
     for at, value in scale.items():
         if not any(value if isinstance(value, tuple) else (value,)):
             continue
-        k, v = (net[index[at]](both) for net in (adapter.k, adapter.v))
+        k, v = (F.linear(both, part[index[at]].get_parameter("weight").to(both)) for part in (adapter.k, adapter.v))
         if masks is None:
             terms[at] = Term(k.flatten(1, 2), v.flatten(1, 2), value)
         else:
             terms[at] = Term(k, v, value if isinstance(value, tuple) else (value,) * n)
+    strength = None if strength is None else strength.to(both)
+    masks = None if masks is None else masks.to(both.device)
     resized = {} if masks is None or size is None else at_levels(masks, n, len(tokens), cfg, size)
     return ImagePrompt(batch=len(tokens), terms=terms, strength=strength, masks=resized, first=first, last=last)
 

@@ -75,13 +75,11 @@ def named(cfg: UNetConfig, name: str) -> list[Site]:
     block = [p for p in found if p.diffusers.startswith(f"{name}.attentions.") and p.kind == "transformer"]
     if not block and any(p.diffusers.startswith(f"{name}.resnets.") for p in found):
         raise barren(cfg, name)
-    if block:
-        return [at for p in block for at in sites if at.stage == p.stage]
-    if any(name in p[:3] for p in found):
-        at = place(cfg, name)
-        if at.kind != "transformer":
-            raise barren(cfg, name)
-        return [found for found in sites if found.stage == at.stage]
+    if block or any(name in p[:3] for p in found):
+        kinds = block or [p for p in [place(cfg, name)] if p.kind == "transformer"]
+        if here := [at for p in kinds for at in sites if at.stage == p.stage]:
+            return here
+        raise barren(cfg, name)
     try:
         one = site(cfg, name)
     except SiteError:

@@ -446,3 +446,20 @@ def test_the_docs_python_draws_a_picture(tmp_path: Path):
     names: dict = {}
     exec(code, names)
     assert names["picture"].shape == (1, 3, 64, 64)
+
+
+def test_matrices_of_places_that_are_not_named_are_never_touched():
+    net = deepcopy(adapter(LINEAR))
+    used = {i for i, (at, _) in enumerate(text_sites(CFG)) if at.stage == "dec.1"}
+    for part in (net.k, net.v):
+        for i, matrix in enumerate(part):
+            if i not in used:
+                matrix.to("meta")
+    prompt = image_prompt(net, CFG, pictures(), scales(CFG, "style"))
+    assert torch.equal(eps(prompt), eps(prompted("style")))
+
+
+def test_a_part_without_attention_to_text_is_refused_also_where_its_transformer_is_empty():
+    with pytest.raises(SiteError, match=r"mid_block has no attention to text: enc\.4, enc\.5"):
+        scales(replace(CFG, mid_depth=0), {"mid_block": 1})
+    assert "mid" not in {at.stage for at in scales(replace(CFG, mid_depth=0), "all")}
