@@ -76,6 +76,7 @@ class Cast:
     path: Sequence[float]
     anchors: Kept | None = None  # cached, in the place of pictures in the batch
     keep: Kept | None = None  # to be filled
+    shelf: torch.device | None = None  # where what is kept lies; None: where it is made
     pinned: Callable[[float], Tensor] | None = None  # t -> the first pictures as they are to be seen then, (P, C, H, W)
     align: bool = False
     given: Callable[[int, int], Masks] | None = None  # (stage, call) -> masks in the place of those that are found
@@ -202,12 +203,10 @@ class Stage:
         if not cast.settings.attend:
             return told
         if anchors is not None:
-            pools = {
-                site: (k[-halves:].to(cast.scene.tokens.device), v[-halves:].to(cast.scene.tokens.device))
-                for site, (k, v) in anchors.pool(self.number, self.calls).items()
-            }
-            lengths = {self.where.level[site.rpartition(".")[0]]: pair[0].shape[2] for site, pair in pools.items()}
             device = cast.scene.tokens.device
+            stored = anchors.pool(self.number, self.calls)
+            pools = {site: (k[-halves:].to(device), v[-halves:].to(device)) for site, (k, v) in stored.items()}
+            lengths = {self.where.level[site.rpartition(".")[0]]: pair[0].shape[2] for site, pair in pools.items()}
             seen = {level: cached(length, n, halves, device) for level, length in lengths.items()}
             return replace(told, seen=seen, pools=pools)
         if self.focus is None:
@@ -272,16 +271,21 @@ class Stage:
         kept = {level: dropped(found[level], u.to(found[level].device), cast.settings.dropout) for level, u in pairs}
         self.focus = Focus(found, kept)
         self.seen.append(found)
-        if cast.keep is not None and heard.pools:
-            cast.keep.pools[self.number, self.calls] = {
-                s: (k.detach(), v.detach()) for s, (k, v) in heard.pools.items()
-            }
-        if cast.keep is not None and heard.outputs:
-            if cast.keep.masks is None:
+        if cast.keep is not None:
+            self.store(cast.keep, heard)
+
+    def store(self, keep: Kept, heard: Heard) -> None:
+        """Put keys, values and outputs of a call away for further pictures."""
+        shelf = self.cast.shelf or self.cast.scene.tokens.device
+        if heard.pools:
+            pools = {s: (k.detach().to(shelf), v.detach().to(shelf)) for s, (k, v) in heard.pools.items()}
+            keep.pools[self.number, self.calls] = pools
+        if heard.outputs:
+            if keep.masks is None:
                 raise SceneError("outputs are kept at the subject's pixels, which are not known yet")
-            inside = cast.keep.masks.flatten()
-            kept_rows = {site: x.detach().flatten(0, 1)[inside] for site, x in heard.outputs.items()}
-            cast.keep.outputs[self.calls] = kept_rows
+            inside = keep.masks.flatten()
+            rows = {site: x.detach().flatten(0, 1)[inside].to(shelf) for site, x in heard.outputs.items()}
+            keep.outputs[self.calls] = rows
 
     def count(self, height: int, **parts: int) -> None:
         """Rows of the batch that went through parts of the network."""

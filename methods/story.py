@@ -48,6 +48,7 @@ class Story:
         anchors: int | Kept = 2,
         sees: Sequence[Sequence[bool]] | None = None,
         keep: bool = False,
+        shelf: torch.device | None = None,
         said: dict[str, str] | None = None,
         pinned: Callable[[float], Tensor] | None = None,
         align: bool = False,
@@ -57,9 +58,10 @@ class Story:
         """x (B, C, H, W) is x_T; `walks` gives the sampler, its noise begun anew, once for each stage.
 
         `anchors` is how many of the first pictures all look at, or what was kept of others that were drawn before;
-        `sees`, (B, B), says who looks at whom instead.  `keep` keeps what further pictures need, together with what is
-        `said` of the model.  `pinned` gives the first pictures as they are at each timestep, for real ones (appendix
-        E), with `align` for AdaIN of their keys.  `given` are masks from elsewhere.  `whole` walks stage 1 to its end.
+        `sees`, (B, B), says who looks at whom instead.  `keep` keeps what further pictures need, on the device `shelf`,
+        together with what is `said` of the model.  `pinned` gives the first pictures as they are at each timestep, for
+        real ones (appendix E), with `align` for AdaIN of their keys.  `given` are masks from elsewhere.  `whole` walks
+        stage 1 to its end.
         SceneError: what does not fit.
         """
         settings, n = settings or Settings(), scene.images
@@ -80,7 +82,7 @@ class Story:
         if keep and cached is not None:
             raise SceneError("anchors are kept of pictures that are drawn without cached ones")
         self.cast = Cast(scene=scene, settings=settings, sees=sees, draws=draws, path=path, anchors=cached,
-                         keep=self.kept, pinned=pinned, align=align, given=given)  # fmt: skip
+                         keep=self.kept, shelf=shelf, pinned=pinned, align=align, given=given)  # fmt: skip
         self.walks, self.start, self.x, self.whole = walks, x, x, whole
         self.masks: list[list[Masks]] = []  # by stage, after each call (of stage 2: from the branch on)
         self.sources: list[int] = []  # pictures, of the batch or of the cached anchors, that are looked at
