@@ -42,6 +42,8 @@ def run(argv: Sequence[str]) -> int:
             licence = f"  ({entry.licence})" if entry.licence else ""
             print(line(f"{entry.name:32}{entry.status:12}{entry.family:12}{size:9}{count:8}{where}{licence}"))
         return 0
+    if args.name in CATALOGUE and (args.file or args.revision):
+        raise CommandError(f"{args.name} is a name of the list, which says the file: leave out --file and --revision")
     for path in fetched(args):
         print(line(path))
         print(f"sha256 {weights_load.sha256(path)}")
@@ -52,5 +54,5 @@ def fetched(args: Namespace) -> list[Path]:
     """The files of a name: one, or those of all parts of a model that is a folder."""
     if args.name not in CATALOGUE or not CATALOGUE[args.name].variant:
         return [weights_load.find(args.name, args.file, args.revision)]
-    whole = pipeline.load(args.name, revision=args.revision)
+    whole = pipeline.load(args.name)
     return [path for part in whole.parts.values() for path in part.paths]

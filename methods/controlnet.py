@@ -24,6 +24,10 @@ class Control:
     first: float | None = None  # on where last <= t <= first; None: no bound
     last: float | None = None
 
+    def __post_init__(self):
+        if not isinstance(self.hint, Tensor) or not self.hint.is_floating_point():
+            raise ValueError("a hint is a tensor of a floating type, its values in [0, 1]")
+
     def on(self, t: Tensor) -> bool:
         """Whether it is on at t, which is one timestep for the whole batch."""
         if self.first is None and self.last is None:

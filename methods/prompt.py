@@ -46,16 +46,26 @@ def encode(
     SDXL reads the last layer but one of each tower side by side, under no norm, and the pooled text of the last tower
     (Podell et al. 2023, section 2.1); Stable Diffusion 1 and 2 read the last layer under the final norm.  `second`
     are other texts for the second tower, `clip_skip` how many layers earlier to read.
-    A ValueError is raised for models without a tokeniser, and for texts that are not as many.
+    A ValueError is raised for models without a tokeniser, for what is no text, and for texts that are not as many.
     """
     if not parts.tokenizers:
         raise ValueError("the model came without a vocabulary: load it with tokenizer= a folder with vocab.json")
-    said = [[texts] if isinstance(texts, str) else list(texts)]
-    said.append(said[0] if second is None else [second] if isinstance(second, str) else list(second))
+    said = [listed(texts)]
+    said.append(said[0] if second is None else listed(second))
     if len(said[0]) != len(said[1]):
         raise ValueError(f"{len(said[0])} texts for the first tower, {len(said[1])} for the second: give as many")
     ids = [tokens(row) for tokens, row in zip(parts.tokenizers, said, strict=False)]
     return encode_ids(parts, ids, clip_skip=clip_skip, ops=ops)
+
+
+def listed(texts: Sequence[str] | str) -> list[str]:
+    """Texts as a list.  Raises ValueError for what is no text, and for none."""
+    rows = [texts] if isinstance(texts, str) else texts
+    if not isinstance(rows, Sequence) or not rows or not all(isinstance(text, str) for text in rows):
+        wrong = [row for row in rows if not isinstance(row, str)] if isinstance(rows, list | tuple) else [rows]
+        kinds = {type(row).__name__ for row in wrong}
+        raise ValueError(f"a prompt is a text, or a list of texts, not {' and '.join(sorted(kinds)) or 'an empty one'}")
+    return list(rows)
 
 
 def encode_ids(parts: Components, ids: Sequence[Tensor], *, clip_skip: int = 0, ops: Ops = TORCH) -> Prompt:
@@ -67,7 +77,7 @@ def encode_ids(parts: Components, ids: Sequence[Tensor], *, clip_skip: int = 0, 
             states.append(text.skipped(clip_skip))
             pooled = text.pooled
         else:
-            if not 0 <= clip_skip < len(text.hidden) - 1:
+            if not isinstance(clip_skip, int) or not 0 <= clip_skip < len(text.hidden) - 1:
                 raise ValueError(f"clip skip is 0...{len(text.hidden) - 2} in a tower of this depth, not {clip_skip}")
             states.append(tower.norm(text.hidden[-1 - clip_skip]))
     return Prompt(torch.cat([state.to(states[0]) for state in states], dim=-1), pooled)

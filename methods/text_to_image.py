@@ -75,7 +75,9 @@ def denoiser(
 def latent_size(parts: Components, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in pixels -> in latents.  A ValueError is raised for sizes that are no multiples of 8."""
     whole = parts.factor
-    if len(size) != 2 or any(side < 1 or side % whole for side in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(hasattr(side, "__index__") for side in size):
+        raise ValueError(f"a size is (height, width), two whole numbers, not {size!r}")
+    if any(side < 1 or side % whole for side in size):
         near = tuple(max(whole, round(side / whole) * whole) for side in size)
         raise ValueError(f"height and width are multiples of {whole}, not {tuple(size)}: {near} is near")
     return size[0] // parts.factor, size[1] // parts.factor
@@ -116,7 +118,7 @@ def latent_mask(mask: Tensor, like: Tensor) -> Tensor:
     """A mask (B or 1, 1, H, W) of pixels, 1 where to repaint -> at latents' size, nearest neighbour."""
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise ValueError(f"a mask is (B, 1, H, W); got {tuple(mask.shape)}")
-    if bool(((mask < 0) | (mask > 1)).any()):
+    if not bool(((mask >= 0) & (mask <= 1)).all()):
         raise ValueError("a mask lies in [0, 1]: 1 where to repaint")
     return F.interpolate(mask.to(like), size=like.shape[2:], mode="nearest")
 
@@ -128,6 +130,8 @@ def covered(pictures: Tensor, mask: Tensor) -> Tensor:
 
 def canvas(mask: Tensor, masked: Tensor) -> Tensor:
     """What a UNet of 9 channels sees beside x: the mask, then the latents of the covered picture.  -> (B, 5, H, W)."""
+    if len(mask) not in (1, len(masked)):
+        raise ValueError(f"{len(mask)} masks are not for {len(masked)} pictures: give one, or one each")
     return torch.cat([latent_mask(mask, masked).expand(len(masked), -1, -1, -1), masked], dim=1)
 
 

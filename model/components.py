@@ -68,6 +68,8 @@ def components(
     beside float16 parts.
     Raises ValueError as `model.load.build` does, and for a tokeniser of more or fewer tokens than its tower has.
     """
+    if lost := [name for name in ("unet", "vae") if name not in parts]:
+        raise ValueError(f"there is no {lost[0]} among the parts ({', '.join(parts)})")
     texts = [name for name in TEXTS if name in parts]
     networks = {}
     for name in ("unet", "vae", *texts):

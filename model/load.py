@@ -54,6 +54,8 @@ def assembled(
     """`build` for one class of networks and that of its configuration."""
     if strange := [name for name in config if name not in {f.name for f in fields(settings)}]:
         raise ValueError(f"{settings.__name__} has no {strange[0]}")
+    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"dtype is torch.float16, bfloat16, float32 or float64, not {dtype!r}")
     tensors = {name: moved(name, tensor, dtype, device) for name, tensor in tensors.items()}
     if len(kinds := {tensor.dtype: name for name, tensor in tensors.items()}) > 1:
         mixed = " and ".join(f"{name} is {str(kind).removeprefix('torch.')}" for kind, name in list(kinds.items())[:2])

@@ -29,6 +29,8 @@ def tiled_encode(vae: VAE, x: Tensor, *, tile: int = 1024, overlap: float = 0.25
 
 def tiles(run: Callable[[Tensor], Tensor], x: Tensor, side: int, out: int, overlap: float) -> Tensor:
     """`run` over tiles of `side`², each of which becomes one of `out`²; neighbours fade linearly into each other."""
+    if side < 1:
+        raise ValueError(f"a tile is at least 1 wide, not {side}")
     step, seam = round(side * (1 - overlap)), round(out * overlap)
     if not 0 <= overlap < 1 or step * out != (out - seam) * side or side * overlap % 1 or out * overlap % 1:
         raise ValueError(f"tiles of {side} and {out} do not overlap by {overlap} in whole pixels: try 64 and 0.25")

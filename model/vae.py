@@ -196,6 +196,8 @@ class VAE(nn.Module):
         They are in x's type, computed as `wide_enough` says.
         """
 
+        floating("pictures, in [-1, 1],", x)
+
         def run() -> Tensor:
             moments = self.encode(x.to(next(self.parameters())), ops, checked=True)
             return self.cfg.scaling * (moments.mean if noise is None else moments.sample(noise.to(moments.mean)))
@@ -212,6 +214,7 @@ class VAE(nn.Module):
 
     def unscaled(self, latents: Tensor) -> Tensor:
         """Scaled latents -> what `decode` takes, in the parameters' type and place."""
+        floating("latents", latents)
         p = next(self.parameters())
         return (latents.to(p.device, torch.promote_types(latents.dtype, p.dtype)) / self.cfg.scaling).to(p)
 
@@ -249,6 +252,13 @@ def through(modules: Iterator[tuple[str, nn.Module]], x: Tensor, ops: Ops, name:
         if name is not None:
             finite(at, x)
     return x
+
+
+def floating(name: str, x: Tensor) -> None:
+    """Raises ValueError for what is no tensor of a floating type."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} are a tensor of a floating type, not {kind}")
 
 
 def finite(name: str, x: Tensor) -> None:

@@ -16,6 +16,7 @@ from diaphane.model.vae import VAE, VAEConfig
 from diaphane.weights import clip, hub, latent, pipeline, unet, vae
 from diaphane.weights.errors import ConfigError, LayoutError, MissingFileError, WeightsError
 from diaphane.weights.files import write
+from diaphane.weights.load import Network
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -152,6 +153,17 @@ def test_a_tokeniser_says_the_same_from_a_folder_and_beside_a_single_file():
         for case in cases:
             assert first(case["text"])[0].tolist() == case["ids_1"]
             assert second(case["text"])[0].tolist() == case["ids_2"]
+
+
+def test_types_that_networks_do_not_compute_in_and_parts_that_are_missing_are_errors_of_one_line():
+    found = pipeline.load(twins.TINY).parts
+    for dtype, said in ((torch.int32, "torch.int32"), ("float16", "'float16'"), (torch.float8_e4m3fn, "torch.float8")):
+        with pytest.raises(
+            ValueError, match=f"^unet: dtype is torch.float16, bfloat16, float32 or float64, not {said}"
+        ):
+            components(found, dtype=dtype)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^there is no unet among the parts \(vae\)$"):
+        components({"vae": found["vae"]})
 
 
 def test_networks_placed_elsewhere_come_back_as_the_very_tensors_they_were():
@@ -321,6 +333,38 @@ def test_parts_that_do_not_belong_together_are_an_error_that_says_what_was_found
     assert "vae is of the kind unet" in refused(vae=twins.TINY / "unet")
     assert "unet is of the kind controlnet" in refused(unet=twins.TINY / "controlnet")
     assert "no /nowhere" in refused(unet=Path("/nowhere"))
+
+
+def towers(**widths: tuple[int, int | None]) -> dict[str, Network]:
+    """SDXL's parts, as far as their settings tell whether they fit; text encoders by width and projection."""
+
+    def network(family: str, **config: Any) -> Network:
+        return Network(family, config, {}, "", (Path(f"/{family}.safetensors"),))
+
+    sdxl = network("unet", context_dim=2048, pooled_dim=1280, in_channels=4, out_channels=4)
+    texts = {name: network("clip_text", width=w, projection=p) for name, (w, p) in widths.items()}
+    return {"unet": sdxl, "vae": network("vae", latent_channels=4), **texts}
+
+
+L, H, BIGG = (768, None), (1024, 1024), (1280, 1280)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "replaced", "line"),
+    [
+        (BIGG, BIGG, "text_encoder", r"text_encoder is CLIP bigG \(1280 .*tokens of 2048: CLIP L \(768\) fits"),
+        (L, L, "text_encoder_2", r"text_encoder_2 is CLIP L \(768 .*tokens of 2048: CLIP bigG \(1280\) fits"),
+        (L, H, "text_encoder_2", r"text_encoder_2 is CLIP H \(1024 .*tokens of 2048: CLIP bigG \(1280\) fits"),
+        (H, BIGG, "text_encoder", r"text_encoder is CLIP H \(1024 .*tokens of 2048: CLIP L \(768\) fits"),
+        (BIGG, L, "text_encoder", r"text_encoder_2 projects to None; the UNet takes pooled text of 1280"),
+    ],
+)
+def test_a_tower_in_anothers_place_is_named_and_so_is_the_one_that_fits(
+    one: tuple[int, int | None], two: tuple[int, int | None], replaced: str, line: str
+):
+    pipeline.consistent(towers(text_encoder=L, text_encoder_2=BIGG))
+    with pytest.raises(LayoutError, match=line):
+        pipeline.consistent(towers(text_encoder=one, text_encoder_2=two), [replaced])
 
 
 def test_what_is_no_whole_model_is_an_error_that_says_what_it_is(tmp_path: Path):

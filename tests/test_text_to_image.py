@@ -239,9 +239,21 @@ def test_what_does_not_fit_is_refused_in_one_line(parts: Components, control: Co
 
     assert "multiples of 8, not (60, 96): (64, 96)" in refused(lambda: t2i.latent_size(parts, (60, 96)))
     assert "multiples of 8" in refused(lambda: t2i.latent_size(parts, (0, 96)))
+    for size in (64, (64,), (64.0, 96), ("64", "96"), None, (64, 64, 3)):
+        assert "two whole numbers, not" in refused(lambda size=size: t2i.pure_noise(parts, seeded([0]), size))
+    for text, kind in ((None, "NoneType"), (3, "int"), (b"a cat", "bytes"), (["a", None], "NoneType"), ([], "an empty"),
+                       ({"a": 1}, "dict"), (Path("a"), "PosixPath")):  # fmt: skip
+        assert f"a list of texts, not {kind}" in refused(lambda text=text: encode(parts, text))
+        if text is not None:
+            assert f"not {kind}" in refused(lambda text=text: encode(parts, "a", text))
+    assert "not int64" in refused(lambda: t2i.pictures(parts.vae, torch.ones(1, 4, 8, 8, dtype=torch.int64)))
+    assert "not uint8" in refused(lambda: parts.vae.latents(torch.zeros(1, 3, 8, 8, dtype=torch.uint8)))
+    assert "floating type" in refused(lambda: replace(control, hint=torch.zeros(1, 3, 64, 64, dtype=torch.uint8)))
+    assert "at least 1 wide" in refused(lambda: t2i.pictures(parts.vae, x, tile=0))
+    assert "in [0, 1]" in refused(lambda: t2i.latent_mask(torch.full((1, 1, 8, 8), torch.nan), x))
+    assert "3 masks" in refused(lambda: t2i.canvas(torch.zeros(3, 1, 64, 64), x))
     assert "came without a vocabulary" in refused(lambda: encode(replace(parts, tokenizers=()), "x"))
     assert "give as many" in refused(lambda: encode(parts, ["a", "b"], ["c"]))
-    assert "not int" in refused(lambda: encode(parts, [3]))  # type: ignore[list-item]
     assert "as many tokens each" in refused(lambda: beside(prompt, Prompt(prompt.context[:, :9], prompt.pooled)))
     assert "pooled text and size ids" in refused(lambda: conditioning(parts.unet, prompt))
     t = torch.tensor([401.0])

@@ -1,7 +1,7 @@
 """A whole latent diffusion model from a folder, a repository or a single file, and what it says of itself."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def load(
         words = {text: found for text in parts if (found := words_in(folder, TOKENIZERS.get(text, "")))}
     for part, elsewhere in (replaced or {}).items():
         parts[part] = alone(part, elsewhere, variant, given.get(part, {}))
-    consistent(parts)
+    consistent(parts, list(replaced or {}))
     towers = {name: parts[name].config for name in PARTS[2:] if name in parts}
     quick = {name: cfg["act"] == "quick_gelu" for name, cfg in towers.items()}
     if tokenizer is not None:
@@ -223,8 +223,11 @@ def located(e: WeightsError, where: str) -> WeightsError:
     return type(e)(f"{where}: {e}")
 
 
-def consistent(parts: Mapping[str, Network]) -> None:
-    """Raises LayoutError for parts that do not belong together, naming what was found and what fits."""
+def consistent(parts: Mapping[str, Network], replaced: Sequence[str] = ()) -> None:
+    """Raises LayoutError for parts that do not belong together, naming what was found and what fits.
+
+    What was replaced is taken to be at fault, where it may be.
+    """
     for part, family in {"unet": "unet", "vae": "vae", **dict.fromkeys(PARTS[2:], "clip_text")}.items():
         if part in parts and parts[part].family != family:
             raise LayoutError(f"{part} is of the kind {parts[part].family} ({parts[part].path}); {family} fits there")
@@ -232,7 +235,8 @@ def consistent(parts: Mapping[str, Network]) -> None:
     texts = [name for name in PARTS[2:] if name in parts]
     total = sum(parts[name].config["width"] for name in texts)
     if total != unet["context_dim"]:
-        name = next((name for name in texts if fits(parts[name], unet["context_dim"] - total)), texts[0])
+        likely = sorted(texts, key=lambda name: name not in replaced)
+        name = next((name for name in likely if fits(parts[name], unet["context_dim"] - total)), likely[0])
         width = parts[name].config["width"]
         need = unet["context_dim"] - (total - width)
         fit = f"{WIDTHS.get(need, 'one')} ({need}) fits" if need > 0 else "it has one too many"
