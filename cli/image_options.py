@@ -44,6 +44,33 @@ def options(p: argparse.ArgumentParser) -> None:
                    "from START to END in 0 ... 1; one pair, or one an adapter (default: 0 1)")  # fmt: skip
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises CommandError for options that do not go together, before any file of weights is opened."""
+    k, n = len(args.adapter), len(args.style_image)
+    for name in ("image_encoder", "scale", "preset"):
+        if (count := len(getattr(args, name) or [0])) not in (1, k):
+            raise CommandError(f"--{name.replace('_', '-')}: one for all, or one for each of {k} adapters; got {count}")
+    shares = shared(args, k)
+    if args.preset and args.sites:
+        raise CommandError("--preset and --sites both say where: give one of them")
+    for i in range(k) if args.sites else ():
+        said(args.sites, i, k)
+    if args.range:
+        pairs(args.range, k)
+    if args.style_mask and len(args.style_mask) != n:
+        raise CommandError(f"--style-mask: one for each of {n} pictures; got {len(args.style_mask)}")
+    if args.style_mask and args.average is not None:
+        raise CommandError("--average makes one picture of all: leave --style-mask out")
+    if args.average and any(len(args.average) != len(mine) for mine in shares):
+        raise CommandError(f"--average: one weight for each of {len(shares[0])} pictures; got {len(args.average)}")
+    if args.average and not sum(args.average):
+        raise CommandError("--average: the weights' sum is 0")
+    if args.subtract_encoder and not args.subtract:
+        raise CommandError("--subtract-encoder reads the text of --subtract: give both")
+    for text in args.subtract or ():
+        weighed(text)
+
+
 def shared(args: argparse.Namespace, k: int) -> list[list[int]]:
     """Which pictures each of k adapters is shown.  Raises CommandError where that is not said."""
     n = len(args.style_image)
@@ -69,11 +96,6 @@ def pairs(numbers: Sequence[float], k: int) -> list[tuple[float, float]]:
 
 def placed(args: argparse.Namespace, cfg: UNetConfig, i: int, k: int, several: int | None) -> Scales:
     """How much of adapter i of k where: --scale times --preset or --sites; `several`: how many masks it has."""
-    for name in ("scale", "preset"):
-        if len(getattr(args, name) or [0]) not in (1, k):
-            raise CommandError(f"--{name}: one for all, or one for each of {k} adapters")
-    if args.preset and args.sites:
-        raise CommandError("--preset and --sites both say where: give one of them")
     if args.sites:
         found = scales(cfg, said(args.sites, i, k))
     else:

@@ -73,10 +73,6 @@ class Shown:
 def loaded(args: argparse.Namespace) -> Loaded:
     """The model, the adapters and the encoders that the options name, each checked against the others."""
     base = latents.loaded(args)
-    k = len(args.adapter)
-    if args.image_encoder and len(args.image_encoder) not in (1, k):
-        raise CommandError(f"--image-encoder: one for all, or one for each of {k} adapters; got "
-                           f"{len(args.image_encoder)}")  # fmt: skip
     kind = next(base.parts.unet.parameters())
     adapters, encoders, files = [], [], dict[str, str]()
     for i, name in enumerate(args.adapter):
@@ -135,19 +131,13 @@ def part(source: str, what: str) -> Network:
 
 
 def shown(args: argparse.Namespace, session: Session, net: Loaded, size: tuple[int, int]) -> list[Shown]:
-    """What every adapter sees, computed once.  Raises CommandError for options that do not go together."""
+    """What every adapter sees, computed once.  Raises ValueError for what does not fit the model."""
     k = len(net.adapters)
     shares = shared(args, k)
     masks = masked(args, session, size)
     spans = [None] * k if not args.range else pairs(args.range, k)
-    if args.subtract_encoder and not args.subtract:
-        raise CommandError("--subtract-encoder reads the text of --subtract: give both")
     out: list[Shown] = []
     for i, (adapter, encoder, mine) in enumerate(zip(net.adapters, net.encoders, shares, strict=True)):
-        if args.average is not None and masks is not None:
-            raise CommandError("--average makes one picture of all: leave --style-mask out")
-        if args.average and len(args.average) != len(mine):
-            raise CommandError(f"--average: one weight for each of {len(mine)} pictures; got {len(args.average)}")
         many = 1 if args.average is not None else len(mine)
         here = None if masks is None else masks[:, mine]
         scale = placed(args, net.parts.unet.cfg, i, k, many if here is not None else None)
@@ -200,9 +190,6 @@ def masked(args: argparse.Namespace, session: Session, size: tuple[int, int]) ->
     """The masks of the pictures, (1, n, H, W), 0 or 1."""
     if not args.style_mask:
         return None
-    if len(args.style_mask) != len(args.style_image):
-        raise CommandError(f"--style-mask: one for each of {len(args.style_image)} pictures; got "
-                           f"{len(args.style_mask)}")  # fmt: skip
     rows = [images.filled(images.decoded(session.read(name), name), size) for name in args.style_mask]
     found = torch.cat([(images.to_mask(row) >= 0.5).float() for row in rows])[None]
     for name, mask in zip(args.style_mask, found[0], strict=True):

@@ -37,9 +37,10 @@ def parser() -> options.Parser:
 
 def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     """The pictures, then a sheet of all of them."""
+    image_options.check(args)
+    generate.prompts(args, session)
     net: Any = session.net
     check(args, net)
-    generate.prompts(args, session)
     size = generate.sizes(args, net)
     seen = image_prompts.shown(args, session, net, size)
     yield from generate.make(args, session, image_prompts.around(net, seen, size, args.amounts))

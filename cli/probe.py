@@ -71,10 +71,12 @@ def refuse(args: argparse.Namespace) -> None:
 
 def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     """One picture a block, the sheet, and the table."""
+    image_options.check(args)
+    refuse(args)
+    text = generate.prompts(args, session)[0]
     net = cast(image_prompts.Loaded, session.net)
     check(args, net)
-    refuse(args)
-    text, size = generate.prompts(args, session)[0], generate.sizes(args, net)
+    size = generate.sizes(args, net)
     places = chosen(args, net)
     seen = image_prompts.shown(args, session, net, size)
     scene = prepared(args, session, net, size)

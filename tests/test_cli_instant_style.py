@@ -206,6 +206,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, capsys: py
         (*one, "--style-mask", tmp_path / "black.png"): "black everywhere",
         (*one, "--style-mask", left, "--average"): "leave --style-mask out",
         (*one, "--average", 1, 1): "one weight for each of 1 pictures",
+        (*one, "--average", 0): "sum is 0",
         (*one, "--subtract", "a rabbit:900"): "-100 ... 100",
         (*one, "--subtract", ":0.5"): "it is TEXT or TEXT:WEIGHT",
         (*one, "--subtract-encoder", twins.TINY / "text_encoder_2"): "give both",
