@@ -155,6 +155,7 @@ def spoken(case: Case, n: int) -> Ops:
     said = case.settings["settings"]
     files, scale = plain(said["adapter"]), plain(said["ip_adapter_scale"])
     several = isinstance(files, list)
+    scale = scale[0] if not several and isinstance(scale, list) and len(scale) == 1 else scale  # of the one adapter
     said.get("content"), said.get("content_scale")  # the stored embeddings are the subtracted ones
     prompts, guided = [], said["guidance_scale"] != 1
     for i, file in enumerate(files if several else [files]):
