@@ -83,6 +83,9 @@ def owner(net: nn.Module, name: str) -> tuple[nn.Module, str]:
 class Beside(nn.Module):
     """A linear layer or convolution, and two thin ones beside it."""
 
+    down: Tensor  # buffers: they go where the layer goes
+    up: Tensor
+
     def __init__(self, base: nn.Module, factors: Factors, weight: float | Tensor):
         super().__init__()
         inner = base.inner if isinstance(base, Beside) else base
@@ -92,7 +95,8 @@ class Beside(nn.Module):
         if shape != tuple(inner.weight.shape):
             raise ValueError(f"a layer is {tuple(inner.weight.shape)}, its LoRA {shape}")
         self.base, self.inner, self.scale = base, inner, factors.scale
-        self.down, self.up = factors.down.to(inner.weight), factors.up.to(inner.weight)
+        for name in ("down", "up"):
+            self.register_buffer(name, getattr(factors, name).to(inner.weight), persistent=False)
         self.strength = weight
 
     def forward(self, x: Tensor, *rest: object) -> Tensor:

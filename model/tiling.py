@@ -52,7 +52,8 @@ def tiles(run: Callable[[Tensor], Tensor], x: Tensor, side: int, out: int, overl
 def faded(before: Tensor, part: Tensor, seam: int, dim: int) -> Tensor:
     """A tile whose first `seam` rows (dim 2) or columns (dim 3) begin as the last ones of the tile before it."""
     n = min(before.shape[dim], part.shape[dim], seam)
-    weight = torch.arange(n, device=part.device, dtype=part.dtype) / max(n, 1)
+    wide = torch.promote_types(part.dtype, torch.float32)  # bfloat16 counts to 256
+    weight = (torch.arange(n, device=part.device, dtype=wide) / max(n, 1)).to(part.dtype)
     weight = weight[:, None] if dim == 2 else weight
     end, begin = before.narrow(dim, before.shape[dim] - n, n), part.narrow(dim, 0, n)
     return torch.cat([end * (1 - weight) + begin * weight, part.narrow(dim, n, part.shape[dim] - n)], dim=dim)

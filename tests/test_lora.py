@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diaphane.methods import lora as method
-from diaphane.methods.lora import beside, merged, with_lora
-from diaphane.model.components import Components, components
+from diaphane.methods.lora import Beside, beside, merged, with_lora
+from diaphane.model.components import Components, components, placed
 from diaphane.weights import clip, lora, pipeline, unet
 from diaphane.weights.errors import ConfigError, LayoutError, MissingFileError, WeightsError
 from diaphane.weights.files import write
@@ -186,6 +186,22 @@ def test_beside_is_merged_for_each_picture_with_its_own_weight(parts: Components
         assert (got[i] - want[i]).abs().amax() < 1e-9 * want.abs().amax()
     assert (got[1] - got[3]).abs().amax() > 1e-3
     assert (forward(parts, 4)[1] - got[1]).abs().amax() > 1e-2
+
+
+def test_what_is_beside_goes_where_its_network_goes_and_comes_back(parts: Components, factors: Rows):
+    net = with_lora(parts, factors, merge=False).unet
+    state = net.state_dict()
+    assert not [name for name in state if name.endswith((".down", ".up"))]
+    layers = [module for module in net.modules() if isinstance(module, Beside)]
+    before = [tensor for module in layers for tensor in (module.down, module.up)]
+    assert len(before) == 2 * len(factors["unet"])
+    with placed("meta", net):
+        assert (
+            {module.down.device.type for module in layers} == {module.up.device.type for module in layers} == {"meta"}
+        )
+        assert {p.device.type for p in net.parameters()} == {"meta"}
+    after = [tensor for module in layers for tensor in (module.down, module.up)]
+    assert all(a is b for a, b in zip(before, after, strict=True))
 
 
 def test_weights_of_two_pictures_go_over_a_doubled_batch(parts: Components, factors: Rows):
