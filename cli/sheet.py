@@ -40,17 +40,18 @@ def sheet(
 ) -> Image.Image:
     """Rows of pictures (None: an empty place) labelled above and to the left; texts may have lines."""
     edge = edge or edge_of([picture for row in rows for picture in row])
+    wide = max(edge, *(round(p.width * edge / p.height) for row in rows for p in row if p is not None))
     letters, big = font(), font(SIZE + 4)
     left = max((width(label, letters) for label in labels), default=0) + (2 * GAP if labels else 0)
     head = (lines(title) * (SIZE + 10) if title else 0) + (lines(note) * (SIZE + 4) + GAP if note else 0)
     names = (max(map(lines, columns)) * (SIZE + 4) + GAP) if columns else 0
-    widest = max(max(len(row) for row in rows) * (edge + GAP), width(title, big) - left, width(note, letters) - left)
+    widest = max(max(len(row) for row in rows) * (wide + GAP), width(title, big) - left, width(note, letters) - left)
     canvas = Image.new("RGB", (left + widest + 2 * GAP, head + names + len(rows) * (edge + GAP) + 2 * GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.multiline_text((GAP, GAP), title, INK, font=big)
     draw.multiline_text((GAP, GAP + (lines(title) * (SIZE + 10) if title else 0)), note, GREY, font=letters, spacing=4)
     for j, name in enumerate(columns):
-        draw.multiline_text((left + GAP + j * (edge + GAP), GAP + head), name, INK, font=letters, spacing=4)
+        draw.multiline_text((left + GAP + j * (wide + GAP), GAP + head), name, INK, font=letters, spacing=4)
     for i, row in enumerate(rows):
         top = GAP + head + names + i * (edge + GAP)
         if i < len(labels):
@@ -58,7 +59,7 @@ def sheet(
             draw.multiline_text((GAP, middle), labels[i], INK, font=letters, spacing=4)
         for j, picture in enumerate(row):
             if picture is not None:
-                canvas.paste(shown(picture, edge), (left + GAP + j * (edge + GAP), top))
+                canvas.paste(shown(picture, edge), (left + GAP + j * (wide + GAP), top))
     return canvas
 
 
