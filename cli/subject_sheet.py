@@ -14,7 +14,8 @@ from ..methods.anchors import Kept
 from ..methods.dift import Matches
 from ..methods.stage import Masks, Tally
 from .marked import mask_picture, matched, overlaid
-from .sheet import sheet, stacked
+from .sheet import edge_of, sheet, stacked
+from .sheet import shown as shown_at
 
 SHOWN = 8  # pictures with their masks on a sheet
 
@@ -84,13 +85,15 @@ def lines_of(shown: Sequence[Image.Image], first: Drawn) -> Iterator[Image.Image
     """Each picture of the first batch beside the first source that it has matches with."""
     if first.matches is None or first.chosen is None or first.apart or len(first.rows) > len(shown):
         return
-    size = first.sizes[first.fine]
+    size, edge = first.sizes[first.fine], edge_of(shown)
     drawn = []
     for i in range(len(first.rows)):
         for k, j in enumerate(first.sources):
-            finite = bool(first.matches.distance[i, k].isfinite().any())
-            if finite and j < len(shown):
-                drawn.append(matched(shown[i], shown[j], first.matches.pixel[i, k], first.chosen[i], size))
+            if bool(first.matches.distance[i, k].isfinite().any()) and j < len(shown):
+                pair = shown_at(shown[i], edge), shown_at(shown[j], edge)
+                drawn.append(matched(*pair, first.matches.pixel[i, k], first.chosen[i], size))
                 break
     if drawn:
-        yield sheet([drawn[k : k + 2] for k in range(0, len(drawn), 2)], title="matches: each picture and an anchor")
+        yield sheet(
+            [drawn[k : k + 2] for k in range(0, len(drawn), 2)], title="matches: a picture, an anchor", edge=edge
+        )
