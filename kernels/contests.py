@@ -4,7 +4,7 @@ A row of a way whose answer is wrong does not exist: `compete` yields a `Refused
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -67,6 +67,14 @@ class Entry(NamedTuple):
     cases: Mapping[str, Any]
     usual: Mapping[str, tuple[str, ...]]  # "cpu", "cuda"
     contest: Callable[[Any, torch.dtype, torch.device], Contest]
+
+
+def entry(
+    kernel: str, cuda: Sequence[Any], cpu: Sequence[Any], edges: Sequence[Any], contest: Callable[..., Contest]
+) -> Entry:
+    """An entry whose usual cases are those of a GPU's and of a CPU's list, and which has the edges where asked."""
+    cases = {case.name: case for case in [*cuda, *cpu, *edges]}
+    return Entry(kernel, cases, {"cuda": tuple(c.name for c in cuda), "cpu": tuple(c.name for c in cpu)}, contest)
 
 
 @dataclass(frozen=True)
@@ -176,16 +184,19 @@ def limit(plain: Tensor, true: Tensor) -> float:
     return max(2 * errs, 2 * precision) if errs < float("inf") else 8 * precision
 
 
-def judged(definition: Callable[[torch.dtype], tuple[Tensor, ...]], dtype: torch.dtype) -> Callable[[Any], Any]:
+def judged(
+    definition: Callable[[torch.dtype], tuple[Tensor, ...]], dtype: torch.dtype, least: float = 0.0
+) -> Callable[[Any], tuple[float, float]]:
     """A judge of outputs by a definition, which it asks once, in float64 and in the type of the case.
 
-    Of several outputs the one counts that is nearest to the most it may err, or furthest beyond.
+    `least` is an error that is allowed however exact the definition is.  Of several outputs the one counts that is
+    nearest to the most it may err, or furthest beyond.
     """
 
     @cache
     def truth() -> list[tuple[Tensor, float]]:
         true, plain = definition(torch.float64), definition(dtype)
-        return [(x, limit(y, x)) for x, y in zip(true, plain, strict=True)]
+        return [(x, max(limit(y, x), least)) for x, y in zip(true, plain, strict=True)]
 
     def judge(found: Tensor | tuple[Tensor, ...]) -> tuple[float, float]:
         outputs = (found,) if isinstance(found, Tensor) else found

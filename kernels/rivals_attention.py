@@ -13,7 +13,7 @@ from .adain import token_stats
 from .attention_problem import Problem
 from .cases import CPU, EDGES, SDXL, Case, sources
 from .compact import Kept, compact, gather
-from .contests import OURS, Contest, Entry, Unavailable, compiled
+from .contests import OURS, Contest, Unavailable, compiled, entry
 from .source_attention import source_attention
 from .source_attention_torch import folded
 from .sources import Sources
@@ -25,7 +25,6 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-CASES = {case.name: case for case in [*SDXL, *CPU, *EDGES] if case.sees != "listed"}
 
 
 def contest(case: Case, dtype: torch.dtype, device: torch.device) -> Contest:
@@ -290,9 +289,4 @@ def _xformers(p: Problem) -> Way:
     return Way(run)
 
 
-ENTRY = Entry(
-    "source_attention",
-    CASES,
-    {"cuda": tuple(c.name for c in SDXL), "cpu": tuple(c.name for c in CPU)},
-    contest,
-)
+ENTRY = entry("source_attention", SDXL, CPU, [case for case in EDGES if case.sees != "listed"], contest)

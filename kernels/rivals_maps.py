@@ -1,89 +1,45 @@
 """Masked maps, the match by cosine and compaction beside torch's own, and the usual ways around them."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .cases_maps import (
+    KEPT_EDGES,
+    KEPT_SDXL,
+    MAPS_EDGES,
+    MAPS_SDXL,
+    MATCH_EDGES,
+    MATCH_SDXL,
+    KeptCase,
+    MapsCase,
+    MatchCase,
+    kept_inputs,
+    maps_inputs,
+    match_inputs,
+)
 from .compact import compact, gather
-from .contests import OURS, Contest, Entry, Work, compiled, judged
+from .contests import OURS, Contest, Work, compiled, entry, judged
 from .masked_maps import masked_maps
 from .match import match
 from .timing import Way
 
-
-class Maps(NamedTuple):
-    """Cross-attention of `tokens` queries to `keys`, of which `columns` are wanted as maps."""
-
-    name: str
-    why: str
-    batch: int
-    heads: int
-    tokens: int
-    dim: int = 64
-    keys: int = 77
-    columns: int = 2
+MAPS_CPU = [MapsCase("cpu-maps", "an image and its unconditional half", 2, 10, 1024)]
+MATCH_CPU = [MatchCase("cpu-match", "DIFT at 32 x 32, an image, an anchor", 1, 1, 1024, 1024, 640)]
+KEPT_CPU = [KeptCase("cpu-kept", "4 images, p 0.25", 4, 10, 1024, halves=1, share=0.25)]
+CLOSE = 64 * torch.finfo(torch.float32).eps  # how much worse than the best a match may be: cosines are float32's
 
 
-class Match(NamedTuple):
-    """The rows of `batch` images sought among the masked rows of `sources`."""
-
-    name: str
-    why: str
-    sources: int
-    batch: int
-    rows: int
-    channels: int
-    share: float = 0.3  # of a source's rows inside its mask
-
-
-class Compact(NamedTuple):
-    """Keys and values of `batch` images in `halves`, of which a half keeps the same share of its tokens."""
-
-    name: str
-    why: str
-    batch: int
-    heads: int
-    tokens: int
-    dim: int = 64
-    halves: int = 2
-    share: float = 0.15
-
-
-MAPS = [
-    Maps("maps-4096", "ConsiStory's subject masks, 4 images, guidance", 8, 10, 4096),
-    Maps("maps-1024", "ConsiStory's subject masks, 4 images, guidance", 8, 20, 1024),
-    Maps("cpu-maps", "an image and its unconditional half", 2, 10, 1024),
-    Maps("tiny", "to see that it runs", 2, 2, 33, 8, 7),
-]
-MATCH = [
-    Match("match-4096", "DIFT at 64 x 64, 4 images, 2 anchors", 2, 4, 4096, 1280),
-    Match("match-1024", "DIFT at 32 x 32, 4 images, 2 anchors", 2, 4, 1024, 1280),
-    Match("cpu-match", "DIFT at 32 x 32, an image, an anchor", 1, 1, 1024, 640),
-    Match("tiny", "to see that it runs", 2, 2, 20, 8),
-]
-
-
-COMPACT = [
-    Compact("kept-4096", "ConsiStory, 4 images, guidance, p 0.3, dropout 0.5", 8, 10, 4096),
-    Compact("kept-1024", "ConsiStory, 4 images, guidance, p 0.3, dropout 0.5", 8, 20, 1024),
-    Compact("cpu-kept-tokens", "4 images, p 0.25", 4, 10, 1024, halves=1, share=0.25),
-    Compact("tiny", "to see that it runs", 4, 2, 20, 8),
-]
-
-
-def maps_contest(case: Maps, dtype: torch.dtype, device: torch.device) -> Contest:
+def maps_contest(case: MapsCase, dtype: torch.dtype, device: torch.device) -> Contest:
     """Attention and the maps of some of its keys."""
-    b, h, n, m, d, t = case.batch, case.heads, case.tokens, case.keys, case.dim, case.columns
-    g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(b, r, h, d, generator=g).to(device, dtype).transpose(1, 2) for r in (n, m, m))
-    tokens = torch.arange(1, 1 + t, device=device).expand(b, -1)
+    q, k, v, tokens = maps_inputs(case, dtype, device).values()
+    every = tokens.expand(case.batch, -1)[:, None]
 
     def apart() -> tuple[Tensor, Tensor]:
-        weights = (q @ k.transpose(-2, -1) * d**-0.5).softmax(-1)
-        return F.scaled_dot_product_attention(q, k, v), weights[..., 1 : 1 + t].float().mean(1)
+        weights = (q @ k.transpose(-2, -1) * case.dim**-0.5).softmax(-1).float().mean(1)
+        maps = weights.gather(-1, every.clamp(min=0).expand(-1, case.tokens, -1)) * (every >= 0)
+        return F.scaled_dot_product_attention(q, k, v), maps
 
     def compile_it() -> Way:
         run = compiled(reference.masked_maps)
@@ -92,24 +48,28 @@ def maps_contest(case: Maps, dtype: torch.dtype, device: torch.device) -> Contes
     def definition(kind: torch.dtype) -> tuple[Tensor, ...]:
         return reference.masked_maps(q.to(kind), k.to(kind), v.to(kind), tokens)
 
-    moved = sum(x.numel() * x.element_size() for x in (q, q, k, v)) + 4 * b * n * t
-    work = Work(4.0 * b * h * n * m * d, b * h * n * m, moved)
+    pairs = case.batch * case.heads * case.tokens
+    moved = sum(x.numel() * x.element_size() for x in (q, q, k, v)) + 4 * case.tokens * every.numel()
+    work = Work(4.0 * pairs * case.keys * case.dim, pairs * case.keys, moved)
     ways = {
         OURS: lambda: Way(lambda: masked_maps(q, k, v, tokens)),
         "torch": lambda: Way(lambda: reference.masked_maps(q, k, v, tokens)),
         "torch, compiled": compile_it,
         "SDPA, and the probabilities again": lambda: Way(apart),
     }
-    return Contest("masked_maps", case.name, case.why, work, ways, judged(definition, dtype))
+    steep = (q.float() @ k.float().transpose(-2, -1) * case.dim**-0.5).amax(-1).abs().amax().item()
+    lost = steep * torch.finfo(torch.float32).eps  # by exp(logit - lse) where the two are rounded in float32
+    return Contest("masked_maps", case.name, case.why, work, ways, judged(definition, dtype, lost))
 
 
-def match_contest(case: Match, dtype: torch.dtype, device: torch.device) -> Contest:
+def match_contest(case: MatchCase, dtype: torch.dtype, device: torch.device) -> Contest:
     """The best match of every row, judged by how much worse its cosine is than the best one, and by what it is said
     to be."""
-    g = torch.Generator().manual_seed(0)
-    src = torch.randn(case.sources, case.rows, case.channels, generator=g).to(device, dtype)
-    tgt = torch.randn(case.batch, case.rows, case.channels, generator=g).to(device, dtype)
-    mask = (torch.rand(case.sources, case.rows, generator=g) < case.share).to(device)
+    made = match_inputs(case, dtype, device)
+    src, tgt, mask = made["src"], made["tgt"], made["mask"]
+    assert src is not None
+    assert tgt is not None
+    inside = torch.ones(src.shape[:2], dtype=torch.bool, device=device) if mask is None else mask
 
     def compile_it() -> Way:
         run = compiled(reference.match)
@@ -120,15 +80,15 @@ def match_contest(case: Match, dtype: torch.dtype, device: torch.device) -> Cont
         unit, sought = (F.normalize(x.double(), dim=-1) for x in (src, tgt))
         worst = 0.0
         for s in range(case.sources):
-            for b in range(case.batch):
-                cosine = (sought[b] @ unit[s].T).masked_fill(~mask[s], -1)
+            for b in range(case.targets):
+                cosine = (sought[b] @ unit[s].T).masked_fill(~inside[s], -1)
                 best, got = cosine.max(-1).values, cosine.gather(1, index[b, s, :, None].long())[:, 0]
                 worst = max(worst, (best - got).max().item(), (said[b, s] - best).abs().max().item())
-        return worst, 64 * torch.finfo(torch.float32).eps
+        return (worst if worst == worst else float("inf")), CLOSE
 
-    rows, n, c = mask.sum().item(), case.batch * case.rows, case.channels
-    moved = (src.numel() + tgt.numel()) * src.element_size() + 12 * case.sources * n
-    work = Work(2.0 * rows * n * c, 0, moved)
+    rows = case.targets * case.tokens
+    moved = (src.numel() + tgt.numel()) * src.element_size() + 12 * case.sources * rows
+    work = Work(2.0 * inside.sum().item() * rows * case.channels, 0, moved)
     ways = {
         OURS: lambda: Way(lambda: match(src, tgt, mask)),
         "torch": lambda: Way(lambda: reference.match(src, tgt, mask)),
@@ -137,57 +97,36 @@ def match_contest(case: Match, dtype: torch.dtype, device: torch.device) -> Cont
     return Contest("match", case.name, case.why, work, ways, judge)
 
 
-def compact_contest(case: Compact, dtype: torch.dtype, device: torch.device) -> Contest:
-    """The kept rows of keys and values side by side, as a layer needs them; their lists are made once for all layers
-    of a size, and timed apart."""
-    g = torch.Generator().manual_seed(0)
-    n = case.batch // case.halves
-    shape = (case.batch, case.tokens, case.heads, case.dim)
-    k, v = (torch.randn(shape, generator=g).to(device, dtype).transpose(1, 2) for _ in range(2))
-    mask = (torch.rand(n, case.tokens, generator=g) < case.share).to(device)
+def compact_contest(case: KeptCase, dtype: torch.dtype, device: torch.device) -> Contest:
+    """The kept rows side by side, as a layer needs them of its keys and again of its values; the list of them is made
+    once for all layers of a size, and timed apart."""
+    x, mask = kept_inputs(case, dtype, device)
+    count = int(mask.sum())
 
-    def rows(x: Tensor) -> Tensor:
-        return x.transpose(1, 2).unflatten(0, (case.halves, n)).flatten(1, 2)
+    def rows() -> Tensor:
+        return x.transpose(1, 2).unflatten(0, (case.halves, -1)).flatten(1, 2)
 
     def ours() -> Way:
         kept = compact(mask)
-        return Way(lambda: (gather(k, kept, case.halves), gather(v, kept, case.halves)), lambda: compact(mask))
+        return Way(lambda: gather(x, kept, case.halves)[:, :, :count], lambda: compact(mask))  # it may be padded
 
     def indexed() -> Way:
         at = reference.compact(mask)[0]
-        return Way(
-            lambda: tuple(rows(x).index_select(1, at).transpose(1, 2) for x in (k, v)), lambda: reference.compact(mask)
-        )
+        return Way(lambda: rows().index_select(1, at).transpose(1, 2), lambda: reference.compact(mask))
 
     def boolean() -> Way:
-        return Way(lambda: tuple(rows(x)[:, mask.flatten()].transpose(1, 2) for x in (k, v)))
+        return Way(lambda: rows()[:, mask.flatten()].transpose(1, 2))
 
-    def definition(kind: torch.dtype) -> tuple[Tensor, ...]:
-        at = reference.compact(mask)[0]
-        return tuple(reference.gather(x.to(kind), at, case.halves) for x in (k, v))
+    def definition(kind: torch.dtype) -> tuple[Tensor]:
+        return (reference.gather(x.to(kind), reference.compact(mask)[0], case.halves),)
 
-    moved = 4.0 * case.halves * mask.sum().item() * case.heads * case.dim * k.element_size()
+    moved = 2.0 * case.halves * count * case.heads * case.dim * x.element_size()
     ways = {OURS: ours, "torch, an index": indexed, "torch, a boolean index": boolean}
     return Contest("compact", case.name, case.why, Work(0, 0, moved), ways, judged(definition, dtype))
 
 
 ENTRIES = (
-    Entry(
-        "masked_maps",
-        {case.name: case for case in MAPS},
-        {"cuda": ("maps-4096", "maps-1024"), "cpu": ("cpu-maps",)},
-        maps_contest,
-    ),
-    Entry(
-        "match",
-        {case.name: case for case in MATCH},
-        {"cuda": ("match-4096", "match-1024"), "cpu": ("cpu-match",)},
-        match_contest,
-    ),
-    Entry(
-        "compact",
-        {case.name: case for case in COMPACT},
-        {"cuda": ("kept-4096", "kept-1024"), "cpu": ("cpu-kept-tokens",)},
-        compact_contest,
-    ),
+    entry("masked_maps", MAPS_SDXL, MAPS_CPU, MAPS_EDGES, maps_contest),
+    entry("match", MATCH_SDXL, MATCH_CPU, MATCH_EDGES, match_contest),
+    entry("compact", KEPT_SDXL, KEPT_CPU, KEPT_EDGES, compact_contest),
 )

@@ -37,7 +37,7 @@ def rows(contest: Contest, without: tuple[str, ...] = ("FlexAttention", "compile
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", ["cross", "style-knobs", "style", "everyone", "kept", "kept-halves", "odd", "dim-80"])
 def test_every_way_to_attend_that_runs_here_gives_the_definition(name: str, dtype: torch.dtype):
-    found = rows(rivals_attention.contest(rivals_attention.CASES[name], dtype, CPU))
+    found = rows(rivals_attention.contest(rivals_attention.ENTRY.cases[name], dtype, CPU))
     assert [row for row in found if isinstance(row, Refused)] == []
     timed = [row.way for row in found if isinstance(row, Row) and row.time]
     assert timed[0] == "diaphane"
@@ -47,15 +47,19 @@ def test_every_way_to_attend_that_runs_here_gives_the_definition(name: str, dtyp
 @pytest.mark.parametrize("entry", ENTRIES[1:], ids=[e.kernel for e in ENTRIES[1:]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_every_way_of_the_other_kernels_gives_the_definition(entry, dtype: torch.dtype):
-    for name, case in entry.cases.items():
-        if name.startswith("tiny"):
-            found = rows(entry.contest(case, dtype, CPU))
-            assert [row for row in found if isinstance(row, Refused) or not row.time] == []
-            assert len(found) >= 2
+    usual = {name for names in entry.usual.values() for name in names}
+    for name in entry.cases.keys() - usual:
+        found = rows(entry.contest(entry.cases[name], dtype, CPU))
+        assert len(found) >= 2
+        wrong = [str(row) for row in found if isinstance(row, Refused)]
+        if dtype == torch.float16 and name == "steep":  # the definition overflows there
+            wrong = [text for text in wrong if "diaphane" in text]
+        assert wrong == []
+        assert all(row.time for row in found if isinstance(row, Row))
 
 
 def test_compiled_rivals_give_the_definition_and_their_mask_is_timed_apart():
-    contest = rivals_attention.contest(rivals_attention.CASES["kept-halves"], torch.float32, CPU)
+    contest = rivals_attention.contest(rivals_attention.ENTRY.cases["kept-halves"], torch.float32, CPU)
     ways = {n: w for n, w in contest.ways.items() if n in ("diaphane", "FlexAttention")}
     _, flex = compete(contest._replace(ways=ways), CPU, 1, once)
     assert isinstance(flex, Row)
@@ -65,7 +69,7 @@ def test_compiled_rivals_give_the_definition_and_their_mask_is_timed_apart():
 
 
 def test_a_case_names_the_work_of_the_shortest_way():
-    case = rivals_attention.CASES["style"]  # 4 images, two of them references, 128 tokens, a head of 64
+    case = rivals_attention.ENTRY.cases["style"]  # 4 images, two of them references, 128 tokens, a head of 64
     pairs = (128 + 256) * 2 * 128
     work = rivals_attention.contest(case, torch.float32, CPU).work
     assert work == Work(4 * 64 * pairs, pairs, 4 * 4 * 128 * 64 * 4)
