@@ -102,7 +102,7 @@ EDGES = [
     Case("dim-40", "Stable Diffusion 1.5", 2, 1, 70, 40, sees="shared", refs=(0, 0), adain=True),
     Case("dim-80", "Stable Diffusion 1.5", 2, 1, 70, 80, sees="shared", refs=(0, 0), adain=True),
     Case("dim-128", "a full wide tile", 2, 1, 64, 128, sees="shared", refs=(0, 0), adain=True),
-    Case("dim-160", "Stable Diffusion 1.5", 2, 1, 64, 160, sees="shared", refs=(0, 0), adain=True),
+    Case("dim-160", "Stable Diffusion 1.5", 2, 1, 150, 160, sees="shared", refs=(0, 0), adain=True),
     Case("head-major", "strides of (B, H, N, D)", 2, 2, 70, 64, sees="shared", refs=(0, 0), adain=True, layout="heads"),
     Case("sliced", "q, k, v as slices of one tensor", 2, 2, 70, 64, sees="shared", refs=(0, 0), layout="sliced"),
     Case("far", "means of 20 deviations", 2, 1, 128, 64, sees="shared", refs=(0, 0), adain=True, mean=20.0),

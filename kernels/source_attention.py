@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, source_attention_torch
+from . import source_attention_torch
 from .adain import token_major, token_stats
 from .device import HALF, refuse, takes_triton
 from .sources import Sources
 
-WIDEST = 128  # the widest head that its kernels hold in registers
+WIDEST = 128  # the widest head that a kernel holds in registers, and gains from with no sources to see
+WIDER = 256  # the widest head that it takes
 
 
 def source_attention(
@@ -37,7 +38,8 @@ def source_attention(
 
     With K the keys an image sees: 4 B H N K D FLOP, B H N K exponentials; reads q once, the keys once for every block
     of queries, from cache but for the first; writes the output and B H N sums.  Triton on Nvidia devices since Ampere,
-    in half precision, for heads up to 128; on CPU two fused calls and a merge; anywhere else the definition.
+    in half precision, for heads up to 256; on CPU a fused call for the own keys and each source, and a merge; anywhere
+    else the same of plain products, a block of queries at a time.
 
     ValueError: shapes that do not fit, sources of another batch or outside the pool, stats without ref.
     """
@@ -45,8 +47,6 @@ def source_attention(
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     if not factor > 0:
         raise ValueError(f"scale is positive; got {scale}")
-    if not (q.device.type == "cpu" or takes_triton(q, HALF, WIDEST)):
-        return reference.source_attention(q, k, v, sources, pool, ref, factor, eps)
     if ref is not None and stats is None:
         stats = token_stats(q, k, eps)
     pk, pv = (None, None) if pool is None else pool
@@ -99,7 +99,7 @@ _INPUTS = f"Tensor q, Tensor k, Tensor v, Tensor? pk, Tensor? pv, {_TABLES}"
 
 @torch.library.custom_op("diaphane::source_attention", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if takes_triton(q, HALF, WIDEST):
+    if takes_triton(q, HALF, WIDER):
         from . import source_attention_triton
 
         return source_attention_triton.forward(q, *rest)
@@ -119,7 +119,7 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 )
 def _backward(g: Tensor, g_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, *rest: Any) -> list[Tensor]:
     """Gradients by q, k, v, and, where there are any, the pool's keys and values and the statistics."""
-    if takes_triton(q, HALF, WIDEST):
+    if takes_triton(q, HALF, WIDER):
         from . import source_attention_triton
 
         return source_attention_triton.backward(g, g_lse, out, lse, q, *rest)

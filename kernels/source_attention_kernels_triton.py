@@ -36,20 +36,30 @@ def _tile(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys into the running output, sum and maximum (Milakov & Gimelshein 2018, algorithm 3)."""
+    """One tile of keys into the running output, sum and maximum (Milakov & Gimelshein 2018, algorithm 3).
+
+    Of wide heads the logits are those of keys by queries, so that it is not the queries that registers hold.
+    """
     at = start + n
     k = _rows(kp, at, d, k_n, end, D, BLOCK_D, TAIL)
-    s = _dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WIDEN)
-    if TAIL:  # a gain of 0 times -inf would be NaN, so it is p that is masked
-        inside = (at < end)[None, :]
-        peak = tl.maximum(top, tl.max(tl.where(inside, s, -float("inf")), 1) * gain)
-        p = tl.where(inside, tl.exp2(s * gain - peak[:, None]), 0.0)
+    if BLOCK_D > 128:
+        s = _dot(k, q.T, tl.zeros([BLOCK_N, BLOCK_M], tl.float32), WIDEN)
     else:
-        peak = tl.maximum(top, tl.max(s, 1) * gain)
-        p = tl.exp2(s * gain - peak[:, None])
+        s = _dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), WIDEN)
+    if TAIL:  # a gain of 0 times -inf would be NaN, so it is p that is masked
+        inside = tl.expand_dims(at < end, 1 if BLOCK_D > 128 else 0)
+        peak = tl.maximum(top, tl.max(tl.where(inside, s, -float("inf")), 0 if BLOCK_D > 128 else 1) * gain)
+        p = tl.where(inside, tl.exp2(s * gain - tl.expand_dims(peak, 0 if BLOCK_D > 128 else 1)), 0.0)
+    else:
+        peak = tl.maximum(top, tl.max(s, 0 if BLOCK_D > 128 else 1) * gain)
+        p = tl.exp2(s * gain - tl.expand_dims(peak, 0 if BLOCK_D > 128 else 1))
     decay = tl.exp2(top - peak)
+    total = total * decay + tl.sum(p, 0 if BLOCK_D > 128 else 1)
+    p = p.to(q.dtype)
     v = _rows(vp, at, d, v_n, end, D, BLOCK_D, TAIL)
-    return _dot(p.to(v.dtype), v, acc * decay[:, None], WIDEN), total * decay + tl.sum(p, 1), peak
+    if BLOCK_D > 128:
+        p = p.T
+    return _dot(p, v, acc * decay[:, None], WIDEN), total, peak
 
 
 @triton.jit
@@ -145,12 +155,21 @@ def _query_tile(
     at = start + n
     k = _rows(kp, at, d, k_n, end, D, BLOCK_D, TAIL)
     v = _rows(vp, at, d, v_n, end, D, BLOCK_D, TAIL)
-    zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    p = tl.exp2(_dot(q, k.T, zero, WIDEN) * gain - lse[:, None])
-    ds = p * (_dot(g, v.T, zero, WIDEN) - delta[:, None]) * weight
+    lse, delta = tl.expand_dims(lse, 0 if BLOCK_D > 128 else 1), tl.expand_dims(delta, 0 if BLOCK_D > 128 else 1)
+    if BLOCK_D > 128:
+        zero = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        p = tl.exp2(_dot(k, q.T, zero, WIDEN) * gain - lse)
+        ds = p * (_dot(v, g.T, zero, WIDEN) - delta) * weight
+    else:
+        zero = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        p = tl.exp2(_dot(q, k.T, zero, WIDEN) * gain - lse)
+        ds = p * (_dot(g, v.T, zero, WIDEN) - delta) * weight
     if TAIL:
-        ds = tl.where((at < end)[None, :], ds, 0.0)
-    return _dot(ds.to(k.dtype), k, acc, WIDEN)
+        ds = tl.where(tl.expand_dims(at < end, 1 if BLOCK_D > 128 else 0), ds, 0.0)
+    ds = ds.to(k.dtype)
+    if BLOCK_D > 128:
+        ds = ds.T
+    return _dot(ds, k, acc, WIDEN)
 
 
 @triton.jit

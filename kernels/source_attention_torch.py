@@ -1,15 +1,13 @@
-"""Source attention in torch: a fused call for the own keys, one per source, merged by their log-sum-exps."""
+"""Source attention in torch: a call for the own keys, one per source, merged by their log-sum-exps."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import blocked_attention
 from .adain import rows as side_by_side
 from .adain import stats_gradient, token_major
 from .sources import Source, Sources
-
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def forward(
@@ -34,15 +32,15 @@ def forward(
         k, v = k.to(work), v.to(work)
         pk, pv = (k, v) if pk is None or pv is None else (pk.to(work), pv.to(work))
         seen, own, row = folded(q.to(work), stats, ref, scale)
-        out, lse = _attend(own, k, v, scale=scale)
+        out, lse = _attend(own, k, v, scale)
         lse = lse + row
     else:
         seen = q
-        out, lse = _attend(q, k, v, scale=scale)
+        out, lse = _attend(q, k, v, scale)
     pk, pv = (k, v) if pk is None or pv is None else (pk, pv)
     for images, rows, gain, shift in _calls(offsets, segments, gains):
         kk, vv = (_rows(x, rows).expand(len(images), -1, -1, -1) for x in (pk, pv))
-        out_s, lse_s = _attend(_pick(seen, images), kk, vv, scale=scale * gain)
+        out_s, lse_s = _attend(_pick(seen, images), kk, vv, scale * gain)
         lse_s = lse_s + shift
         out_o, lse_o = _pick(out, images), _pick(lse, images)
         weight = torch.sigmoid(lse_s - lse_o)[..., None].to(out.dtype)
@@ -110,12 +108,12 @@ def backward(
     ):  # a channel in which the output is -g_lse and its gradient 1 turns g . out into g . out - g_lse
         q, k, v, pk, pv, out, g = (F.pad(x, (0, 8)) for x in (q, k, v, pk, pv, out, g))
         out[..., d], g[..., d] = -g_lse, 1
-    dq, dk, dv = _attend_backward(g, q, k, v, out, lse, 0.0, False, scale=scale)
+    dq, dk, dv = _attend_backward(g, q, k, v, out, lse, scale)
     dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)
     for images, rows, gain, shift in _calls(offsets, segments, gains):
         kk, vv = (_rows(x, rows).expand(len(images), -1, -1, -1) for x in (pk, pv))
         g_s, q_s, out_s, lse_s = (_pick(x, images) for x in (g, q, out, lse))
-        grads = _attend_backward(g_s, q_s, kk, vv, out_s, lse_s - shift, 0.0, False, scale=scale * gain)
+        grads = _attend_backward(g_s, q_s, kk, vv, out_s, lse_s - shift, scale * gain)
         _put(dq, images, _pick(dq, images) + grads[0])
         for total, part in ((dpk, grads[1]), (dpv, grads[2])):
             for source, piece in zip(rows, part.sum(0).split([s.stop - s.start for s in rows], 1), strict=True):
@@ -128,6 +126,26 @@ def backward(
         by_stats = [torch.stack([by_q, by_k])]
     found = [dq, dk, dv, dpk, dpv] if len(results) == 5 else [dq, dk + dpk, dv + dpv]
     return [result.copy_(x) for result, x in zip(results, found, strict=True)] + by_stats
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    if fused(q):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    return blocked_attention.attend(q, k, v, scale)
+
+
+def _attend_backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    if fused(q):
+        of = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return of(g, q, k, v, out, lse, 0.0, False, scale=scale)
+    return blocked_attention.attend_backward(g, q, k, v, out, lse, scale)
+
+
+def fused(q: Tensor) -> bool:
+    """Torch has a call that returns log-sum-exps and takes them back: on CPU."""
+    return q.device.type == "cpu"
 
 
 def _calls(offsets: Tensor, segments: Tensor, gains: Tensor) -> list[tuple[list[int], list[Source], float, float]]:

@@ -14,16 +14,22 @@ from .source_attention_kernels_triton import forward_kernel, keys_kernel, querie
 TABLE = {
     (90, "forward", 64): Config(128, 128, 8, 2),
     (90, "forward", 128): Config(128, 64, 8, 2),
+    (90, "forward", 256): Config(64, 32, 8, 1),
     (90, "queries", 64): Config(128, 64, 8, 2),
     (90, "queries", 128): Config(64, 64, 8, 2),
+    (90, "queries", 256): Config(64, 32, 8, 1),
     (90, "keys", 64): Config(64, 64, 8, 2),
     (90, "keys", 128): Config(64, 32, 8, 1),
+    (90, "keys", 256): Config(32, 32, 8, 1),
     (80, "forward", 64): Config(128, 64, 8, 3),
     (80, "forward", 128): Config(128, 32, 8, 2),
+    (80, "forward", 256): Config(64, 16, 8, 1),
     (80, "queries", 64): Config(128, 32, 8, 2),
     (80, "queries", 128): Config(128, 16, 8, 2),
+    (80, "queries", 256): Config(64, 32, 8, 1),
     (80, "keys", 64): Config(64, 32, 8, 2),
     (80, "keys", 128): Config(64, 64, 8, 1),
+    (80, "keys", 256): Config(64, 16, 8, 1),
 }
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
@@ -152,35 +158,40 @@ def config(kernel: str, q: Tensor) -> Config:
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every configuration that is launched on an architecture, in float16, from which bfloat16 differs in name."""
-    for (table, kernel, wide), (block_m, block_n, warps, stages) in TABLE.items():
+    """Every configuration that is launched on an architecture, in float16, and in bfloat16 those of heads up to 64."""
+    for (table, kernel, wide), how in TABLE.items():
         if table != arch:
             continue
-        function = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}[kernel]
-        types, aligned = {}, []
-        for name in function.arg_names:
-            if name in ("Q", "K", "V", "PK", "PV", "OUT", "G", "DQ", "DK", "DV"):
-                types[name] = "*fp16"
-            elif name in ("LSE", "DELTA", "GAINS", "STATS"):
-                types[name] = "*fp32"
-            elif name in ("OFFSETS", "SEGMENTS", "REF"):
-                types[name] = "*i32"
-            else:
-                types[name] = "fp32" if name == "scale" else "i32"
-            if types[name].startswith("*") or name[-2:] in ("_b", "_h", "_n"):
-                aligned.append(name)
-        constants = {
-            "D": wide,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_D": wide,
-            "STAGES": stages,
-            "WIDEN": False,
-        }
-        for adain in (False, True) if kernel == "forward" else (None,):
-            extra = {} if adain is None else {"ADAIN": adain}
-            if adain is False:
-                extra |= {"STATS": None, "REF": None}
-            label = f"{kernel} {wide}" + (" adain" if adain else "")
-            const = constants | extra
-            yield Build(label, function, types, const, tuple(aligned), warps, stages, True)
+        for half in ("fp16", "bf16") if wide == 64 else ("fp16",):
+            for adain in (False, True) if kernel == "forward" else (None,):
+                yield _build(kernel, half, wide, how, adain)
+
+
+def _build(kernel: str, half: str, wide: int, how: Config, adain: bool | None) -> Build:
+    function = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}[kernel]
+    types, aligned = {}, []
+    for name in function.arg_names:
+        if name in ("Q", "K", "V", "PK", "PV", "OUT", "G", "DQ", "DK", "DV"):
+            types[name] = f"*{half}"
+        elif name in ("LSE", "DELTA", "GAINS", "STATS"):
+            types[name] = "*fp32"
+        elif name in ("OFFSETS", "SEGMENTS", "REF"):
+            types[name] = "*i32"
+        else:
+            types[name] = "fp32" if name == "scale" else "i32"
+        if types[name].startswith("*") or name[-2:] in ("_b", "_h", "_n"):
+            aligned.append(name)
+    constants: dict = {
+        "D": 160 if wide == 256 else wide,  # the wide tile is there for Stable Diffusion 1.5
+        "BLOCK_M": how.block_m,
+        "BLOCK_N": how.block_n,
+        "BLOCK_D": wide,
+        "STAGES": how.stages,
+        "WIDEN": False,
+    }
+    if adain is not None:
+        constants["ADAIN"] = adain
+    if adain is False:
+        constants |= {"STATS": None, "REF": None}
+    label = f"{kernel} {half} {wide}" + (" adain" if adain else "")
+    return Build(label, function, types, constants, tuple(aligned), how.warps, how.stages, True)

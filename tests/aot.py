@@ -40,7 +40,7 @@ def compiled(build: Build, arch: int) -> dict:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", instructions)),
         "shared": made.metadata.shared,
         "limit": SHARED[arch],
-        "tensor": len(re.findall(r"\bHGMMA" if arch >= 90 else r"\bHMMA", instructions)),
+        "tensor": len(re.findall(r"\bHG?MMA", instructions)),
         "wants_tensor": build.tensor_cores,
         "wide": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.\S+ \[.*\], \[.*\], 0x10", made.asm["ptx"])),
     }

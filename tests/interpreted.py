@@ -15,7 +15,10 @@ from kernels_world import error, errors
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PLAN = [("fp32", [c.name for c in cases.EDGES])]
-PLAN += [("fp16", ["style", "style-knobs", "kept", "dim-40", "far", "huge", "steep"]), ("bf16", ["style", "kept"])]
+PLAN += [
+    ("fp16", ["style", "style-knobs", "kept", "dim-40", "dim-160", "far", "huge", "steep"]),
+    ("bf16", ["style", "kept"]),
+]
 empty = torch.empty
 
 

@@ -55,5 +55,5 @@ def test_shared_memory_is_within_the_limit_of_every_card(builds):
 
 def test_matrix_products_run_on_tensor_cores(builds):
     wanted = [b for b in builds if b["wants_tensor"]]
-    assert len(wanted) == 8
+    assert len(wanted) >= 16
     assert [b for b in wanted if not b["tensor"]] == []
