@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from ..model import load as model_load
 from ..weights import load as weights_load
 from ..weights.errors import LayoutError
-from .errors import line
+from . import inspect_latents
+from .errors import CommandError, line
 from .options import Parser, whole
 
 SHOWN = 20
@@ -17,8 +18,12 @@ def parser() -> Parser:
         "inspect",
         description="Say what a weight file holds: its layout (told from keys and shapes), the family and settings of\n"
         "the network in it, how many parameters, the shapes of h and of the skips, and the keys that do not fit.\n"
-        "No byte of the weights is copied.",
-        epilog="example:\n  diaphane inspect shapes\n  diaphane inspect celeba_hq.ckpt",
+        "No byte of the weights is copied.\n"
+        "Of Stable Diffusion (XL, 1, 2), a folder or a single file, it says so of every part, and what the model says\n"
+        "of its training; of a LoRA its ranks and, with --base MODEL, which weights it changes.",
+        epilog="examples:\n  diaphane inspect shapes\n  diaphane inspect celeba_hq.ckpt\n"
+        "  diaphane inspect sd_xl_base_1.0.safetensors\n"
+        "  diaphane inspect style.safetensors --base sd_xl_base_1.0.safetensors --keys",
     )
     p.add_argument(
         "source", metavar="FILE", help="a weight file or folder, an embedded or catalogued name, a repository"
@@ -26,6 +31,7 @@ def parser() -> Parser:
     p.add_argument("--file", help="which file of a folder or repository")
     p.add_argument("--config", help="a json file of the network's settings, in place of the one beside the weights")
     p.add_argument("--resolution", type=whole(1, 4096), help="side of the pictures, where weights cannot say")
+    p.add_argument("--base", metavar="MODEL", help="match a LoRA with this model's weights")
     p.add_argument("--keys", action="store_true", help="also every tensor, under our names")
     return p
 
@@ -35,6 +41,13 @@ def run(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
     given = {"resolution": args.resolution} if args.resolution else {}
     try:
+        if kind := inspect_latents.kind_of(args):
+            for name, value in inspect_latents.rows(args, kind):
+                print(line(f"{name:18}{' ' * (len(name) > 17)}{value}").rstrip())
+            print("every key fits")
+            return 0
+        if args.base is not None:
+            raise CommandError(f"--base is the model that a LoRA is for; {args.source} is none")
         network = weights_load.load(args.source, file=args.file, config=args.config, **given)
     except LayoutError as e:
         for what in ("missing", "unexpected", "misshapen", "doubled"):

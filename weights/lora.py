@@ -30,6 +30,7 @@ OTHERS = {
     "lora_magnitude_vector": "DoRA", "lora_mid": "a LoCon in three factors", "glora": "GLoRA",
     ".diff": "a difference of weights", "ia3": "IA3", "lora_controlnet": "Control-LoRA",
 }  # fmt: skip
+READS = re.compile(r"attn2[._]to[._][kv]$")  # a module that reads text tokens
 KINDS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL", 1280: "the XL refiner"}
 
 
@@ -185,7 +186,7 @@ def right_model(groups: Mapping[str, Mapping[str, Tensor]], parts: Mapping[str, 
     """Raises LayoutError where the width of text tokens says that the LoRA is of another model."""
     reads = parts["unet"].config["context_dim"]
     for key, sides in groups.items():
-        reading = re.search(r"attn2[._]to[._][kv]$", key) and "down" in sides and sides["down"].ndim > 1
+        reading = READS.search(key) and "down" in sides and sides["down"].ndim > 1
         if reading and (width := sides["down"].shape[1]) != reads:
             found, this = KINDS.get(width, "another model"), KINDS.get(reads, "another")
             raise LayoutError(
@@ -235,8 +236,9 @@ CLIP_PLAN = ("width", "layers", "mlp", "projection", "vocabulary", "positions")
 def unet_plan(config: Mapping[str, Any]) -> unet.Plan:
     """The numbers of a UNet from its settings."""
     names = ("channels", "depth", "mid_depth", "blocks", "context_dim", "in_channels", "out_channels")
+    marks = {name: config[name] for name in ("plain_mid", "hollow") if name in config}
     vector = config["pooled_dim"] + config["ids"] * config["id_dim"] if config["pooled_dim"] else None
-    return unet.Plan(**{name: config[name] for name in names}, vector_dim=vector)
+    return unet.Plan(**{name: config[name] for name in names}, **marks, vector_dim=vector)
 
 
 class Alphas:
