@@ -53,7 +53,7 @@ def parser() -> options.Parser:
     group.add_argument("--alpha", type=options.real(0, 1), default=0.8, help="of carried features (default: 0.8)")
     group.add_argument("--freeu", nargs="+", default=["consistory"], metavar="F", help=f"{', '.join(PRESETS)}, none, "
                        "or b1 b2 s1 s2 (default: consistory)")  # fmt: skip
-    group.add_argument("--without", nargs="+", choices=WITHOUT, default=[], help="leave a part of the method out")
+    group.add_argument("--without", nargs="+", choices=WITHOUT, help="leave a part of the method out")
     group.add_argument("--simultaneous", action="store_true", help="carry features into all pictures at once, as in "
                        "the paper, not in order, as in the authors' code")  # fmt: skip
     group.add_argument("--by-steps", action="store_true", help="windows in steps, n / 10 and n / 3, as in the code, "
@@ -90,7 +90,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
         more = len(plan.texts) > len(rows) or bool(args.cache_out)
         if not (session.wants("sheet.png", *(plan.names[i] for i in rows)) or (first and more)):
             continue
-        done = {i: finished(told, net, plan, i, args.resume) for i in rows}
+        done = {i: finished(args, net, plan, i, args.resume) for i in rows}
         if all(done.values()) and not (first and more):
             drawn += [one for one in done.values() if one]
             continue

@@ -148,13 +148,13 @@ def settings_of(args: argparse.Namespace, path: Sequence[float]) -> Settings:
         dropout=args.dropout,
         window=args.window or None,
         alpha=args.alpha,
-        attend="attention" not in args.without,
+        attend="attention" not in (args.without or ()),
         sequential=not args.simultaneous,
         early=args.early_stop,
     )
-    if "blending" in args.without:
+    if "blending" in (args.without or ()):
         made = replace(made, blend=None)
-    if "injection" in args.without:
+    if "injection" in (args.without or ()):
         made = replace(made, inject=None)
     return by_steps(made, path) if args.by_steps else made
 
