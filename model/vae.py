@@ -1,7 +1,7 @@
 """Stable Diffusion's autoencoder (Rombach et al. 2022): pictures to latents an eighth as large, and back."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -236,22 +236,26 @@ class VAE(nn.Module):
             return run()
 
 
-def named(list_: str, stages: nn.ModuleList) -> Iterator[tuple[str, nn.Module]]:
+def named(side: str, stages: nn.ModuleList) -> list[tuple[str, nn.Module]]:
     """The modules of a list's stages under their names: "dec.3.1"."""
-    for i, stage in enumerate(stages):
-        for j, module in enumerate(stage):  # type: ignore[arg-type]
-            yield f"{list_}.{i}.{j}", module
+    return [(f"{side}.{i}.{j}", module) for i, stage in enumerate(stages) for j, module in enumerate(stage)]  # type: ignore[arg-type]
 
 
-def through(modules: Iterator[tuple[str, nn.Module]], x: Tensor, ops: Ops, name: str | None) -> Tensor:
-    """x through modules, one after the other; if it has a name, whatever comes out is searched for NaN and infinity."""
-    if name is not None:
+def through(modules: Sequence[tuple[str, nn.Module]], x: Tensor, ops: Ops, name: str | None) -> Tensor:
+    """x through modules, one after the other.
+
+    If it has a name, NaN and infinity in what comes out are an error that names where they came up: NaN stays NaN
+    behind a norm, so that one look at the end is enough, and only then is every module looked at.
+    """
+    y = x
+    for _, module in modules:
+        y = module(y, ops)
+    if name is not None and not bool(torch.isfinite(y).all()):
         finite(name, x)
-    for at, module in modules:
-        x = module(x, ops)
-        if name is not None:
+        for at, module in modules:
+            x = module(x, ops)
             finite(at, x)
-    return x
+    return y
 
 
 def floating(name: str, x: Tensor) -> None:

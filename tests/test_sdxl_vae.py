@@ -176,6 +176,14 @@ def test_every_verb_is_spoken_at_a_site_of_its_own(tiny: vae.VAE):
     assert [s.stage for s in sites if s.kind == "self"] == ["enc.5", "enc.5", "dec.1", "dec.1"]
 
 
+def test_a_decode_and_an_encode_are_one_graph_each():
+    net = vae.VAE(CONFIGS["two levels"]).double().eval().requires_grad_(False)
+    z, x = torch.randn(1, 3, 3, 5, dtype=F64), torch.randn(1, 3, 6, 10, dtype=F64)
+    for run, y in ((net.decode, z), (net.encode, x)):
+        got, want = torch.compile(run, backend="eager", fullgraph=True)(y), run(y)
+        assert torch.equal(torch.cat([*got]), torch.cat([*want]))
+
+
 def narrow(*, upcast: bool, spoilt: bool = True) -> vae.VAE:
     """A float16 autoencoder, one activation of each half of which overflows if it is spoilt."""
     torch.manual_seed(1)

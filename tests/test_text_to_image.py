@@ -173,6 +173,29 @@ def test_ops_hear_of_the_unet_with_negative_rows_first(parts: Components):
         assert (heard[site][0] - both[site][row]).abs().amax() < 1e-12
 
 
+def test_half_precision_changes_the_arithmetic_only_with_a_controlnet_of_any_type_and_an_odd_size():
+    found, guide = pipeline.load(twins.TINY), latent.load(twins.TINY / "controlnet")
+    hint = torch.rand(1, 3, 72, 56, generator=torch.Generator().manual_seed(1))
+    half, brain, wide = torch.float16, torch.bfloat16, torch.float32
+
+    def drawn(dtype: torch.dtype, other: torch.dtype) -> Tensor:
+        parts = components(found.parts, found.words, dtype=dtype)
+        net = build(guide.family, guide.config, guide.tensors, dtype=other)
+        prompt, ids = encode(parts, ["a cat", "a dog"]), size_ids((72, 56), 2)
+        controls = [Control(net=net, hint=hint, scale=torch.tensor([0.5, 1.0]))]
+        denoise = t2i.denoiser(parts.unet, prompt, prompt.zeros(), schedule=SCHEDULE, ids=ids, controls=controls)
+        x = t2i.pure_noise(parts, seeded([1, 2]), (72, 56), 2)
+        picture = t2i.pictures(parts.vae, list(ddim(denoise, x, SCHEDULE, [601, 301, 1]))[-1].x)
+        assert (picture.dtype, picture.shape) == (wide, (2, 3, 72, 56))
+        back = parts.vae.latents(picture)
+        assert (back.dtype, back.shape) == (wide, x.shape)
+        return torch.cat([picture.flatten(), back.flatten()])
+
+    want = drawn(wide, wide)
+    for types, bound in (((half, half), 0.02), ((half, wide), 0.02), ((wide, half), 0.02), ((brain, brain), 0.1)):
+        assert 0 < (drawn(*types) - want).abs().mean() < bound * want.std(), types
+
+
 def test_a_controlnet_of_scale_0_or_never_on_changes_nothing(parts: Components, control: Control):
     prompt, _, ids, x = setting(parts)
     t = torch.tensor([401.0])
