@@ -1,7 +1,10 @@
 """Pictures as references, what is for targets only, panoramas, and attention maps."""
 
+import re
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +31,7 @@ from diaphane.samplers.parameterisation import Denoise
 from diaphane.samplers.path import leading
 from torch import Tensor
 
+from .golden_latent import TINY
 from .style_world import CFG, F64, SCHEDULE, at, drawn, net, prompts, told
 
 PATH = leading(6, offset=1)
@@ -324,3 +328,14 @@ def test_grids_are_those_of_the_levels():
     assert grid((9, 13), 5 * 7) == (5, 7)
     with pytest.raises(ValueError, match="no level of 8 x 8 latents has 20 tokens"):
         grid((8, 8), 20)
+
+
+def test_the_example_of_the_docs_draws_a_set():
+    text = (Path(__file__).parents[1] / "docs" / "style_aligned.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    said = code.replace('"stabilityai/stable-diffusion-xl-base-1.0", variant="fp16"', repr(str(TINY)))
+    said = said.replace("(1024, 1024)", "(64, 64)").replace("leading(50, ", "leading(2, ")
+    assert said != code
+    names: dict[str, Any] = {}
+    exec(said, names)
+    assert names["drawn"].shape == (3, 3, 64, 64)
