@@ -30,6 +30,8 @@ def options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--sites", nargs="+", metavar="NAME=NUMBER", help="places in place of a preset: dec.1=1 enc.8=0.5, "
                    "in any spelling; a comma list for pictures with masks; @2 at the end for the second adapter alone; "
                    "or diffusers' nested form as one word of json for each adapter")  # fmt: skip
+    g.add_argument("--each", action="store_true", help="one picture at a time: what is drawn i-th sees the i-th, over "
+                   "and over (default: all of them at once)")  # fmt: skip
     g.add_argument("--average", nargs="*", type=real(-1e3, 1e3), metavar="W", help="several pictures as their mean, "
                    "perhaps weighted (default: all their tokens side by side)")  # fmt: skip
     g.add_argument("--squash", action="store_true", help="squash pictures to the encoder's square (default: crop it "
@@ -61,6 +63,8 @@ def check(args: argparse.Namespace) -> None:
         raise CommandError(f"--style-mask: one for each of {n} pictures; got {len(args.style_mask)}")
     if args.style_mask and args.average is not None:
         raise CommandError("--average makes one picture of all: leave --style-mask out")
+    if args.each and args.average is not None:
+        raise CommandError("--average makes one picture of all, --each shows one after the other: give one of them")
     if args.average and any(len(args.average) != len(mine) for mine in shares):
         raise CommandError(f"--average: one weight for each of {len(shares[0])} pictures; got {len(args.average)}")
     if args.average and not sum(args.average):

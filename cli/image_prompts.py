@@ -52,7 +52,10 @@ class Loaded(latents.Loaded):
 
 @dataclass(frozen=True)
 class Shown:
-    """One adapter, what it makes of its pictures, where and how much, and masks (1, n, H, W) of the pictures."""
+    """One adapter, what it makes of its pictures, where and how much, and masks (1, n, H, W) of the pictures.
+
+    With --each there is a row for each picture, (n, 1, ...), and what is drawn takes them one after the other.
+    """
 
     adapter: IPAdapter
     pictures: Pictures
@@ -61,13 +64,15 @@ class Shown:
     steps: tuple[float, float] | None  # fractions of the path
 
     def prompt(
-        self, net: Loaded, size: tuple[int, int], n: int, path: Sequence[float], strength: Tensor | None = None
+        self, net: Loaded, size: tuple[int, int], rows: range, path: Sequence[float], strength: Tensor | None = None
     ) -> ImagePrompt:
-        """For n pictures of a size in pixels; `path` is the timesteps that run."""
+        """For some of the pictures that are drawn, of a size in pixels; `path` is the timesteps that run."""
+        at = torch.tensor([i % len(self.pictures.tokens) for i in rows], device=self.pictures.tokens.device)
+        masks = self.masks if self.masks is None or len(self.masks) == 1 else self.masks[at]
         first, last = (None, None) if self.steps is None else between(path, *self.steps)
         latents = (size[0] // net.parts.factor, size[1] // net.parts.factor)
-        return image_prompt(self.adapter, net.parts.unet.cfg, self.pictures.repeated(n), self.scale,
-                            strength=strength, masks=self.masks, size=latents, first=first, last=last)  # fmt: skip
+        return image_prompt(self.adapter, net.parts.unet.cfg, Pictures(*(t[at] for t in self.pictures)), self.scale,
+                            strength=strength, masks=masks, size=latents, first=first, last=last)  # fmt: skip
 
 
 def loaded(args: argparse.Namespace) -> Loaded:
@@ -138,7 +143,7 @@ def shown(args: argparse.Namespace, session: Session, net: Loaded, size: tuple[i
     spans = [None] * k if not args.range else pairs(args.range, k)
     out: list[Shown] = []
     for i, (adapter, encoder, mine) in enumerate(zip(net.adapters, net.encoders, shares, strict=True)):
-        many = 1 if args.average is not None else len(mine)
+        many = 1 if args.average is not None or args.each else len(mine)
         here = None if masks is None else masks[:, mine]
         scale = placed(args, net.parts.unet.cfg, i, k, many if here is not None else None)
         kind, at = next(net.parts.unet.parameters()).dtype, next(net.parts.unet.parameters()).device
@@ -151,7 +156,11 @@ def shown(args: argparse.Namespace, session: Session, net: Loaded, size: tuple[i
             nothing = adapter.nothing(tower)
             if args.negative_image:
                 nothing = features(adapter, tower, pixels(session, [args.negative_image], tower, args, net))
-            pictures = Pictures(adapter(states)[None], adapter(nothing)[None])
+            tokens, none = adapter(states), adapter(nothing)[None]
+            pictures = Pictures(tokens[None], none)
+            if args.each:
+                pictures = Pictures(tokens[:, None], none.expand(len(tokens), -1, -1, -1))
+                here = None if here is None else here.transpose(0, 1)
         out.append(Shown(adapter, pictures, scale, None if here is None else here.to(net.device), spans[i]))
     return out
 
@@ -203,6 +212,6 @@ def around(net: Loaded, seen: Sequence[Shown], size: tuple[int, int], amounts: S
 
     def made(speaking: Callable[[Ops], Denoise], path: list[float], rows: range) -> Denoise:
         strength = None if amounts is None else torch.tensor([amounts[i % len(amounts)] for i in rows])
-        return ranged(speaking, TORCH, [one.prompt(net, size, len(rows), path, strength) for one in seen])
+        return ranged(speaking, TORCH, [one.prompt(net, size, rows, path, strength) for one in seen])
 
     return made

@@ -65,6 +65,8 @@ def refuse(args: argparse.Namespace) -> None:
         raise CommandError("probe goes through the places itself: --blocks chooses some of them")
     if args.prompts or args.n != 1 or args.resume:
         raise CommandError("probe draws one text from one seed: give a prompt, and no --prompts, --n or --resume")
+    if args.each:
+        raise CommandError("probe draws one picture a block: leave --each out")
     if args.range:
         raise CommandError("probe shows the picture at every step: leave --range out")
 
@@ -88,7 +90,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
         for i, one in enumerate(seen):
             much = args.scale[min(i, len(args.scale) - 1)]
             here = replace(one, scale={at: much * float(cast(float, n)) for at, n in where.items()})
-            prompts.append(here.prompt(net, size, 1, path))
+            prompts.append(here.prompt(net, size, range(1), path))
         return instant_style(TORCH, prompts)
 
     def drawn(around: Callable[[Callable[[Ops], Denoise], list[float], range], Denoise]) -> tuple[Tensor, Tensor]:

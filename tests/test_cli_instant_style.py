@@ -157,6 +157,19 @@ def test_amount_0_is_generate_and_a_strip_of_amounts_does_not_depend_on_the_batc
     assert (pixels(tmp_path / "zero" / "0001.png") == pixels(tmp_path / "g" / "0001.png")).all()
 
 
+def test_each_picture_that_is_drawn_sees_one_of_those_that_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], photos
+):
+    a, b, left, right = photos.values()
+    words = (*ONE, "--style-image", a, b, "--style-mask", left, right, "--each", "--n", 3)
+    drawn(capsys, tmp_path / "o", *words, "--batch", 2)
+    for i, (picture, mask) in enumerate([(a, left), (b, right), (a, left)]):
+        alone = (*ONE, "--style-image", picture, "--style-mask", mask, "--seed", i)
+        want = drawn(capsys, tmp_path / str(i), *alone)
+        assert np.abs(pixels(tmp_path / "o" / f"000{i + 1}.png") - want).max() <= 1
+    again(capsys, tmp_path / "o" / "0002.png")
+
+
 def test_vit_h_takes_a_text_tower_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str], photos):
     source = twins.TINY / "text_encoder_2"
     tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
@@ -207,6 +220,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path: Path, capsys: py
         (*one, "--style-mask", left, "--average"): "leave --style-mask out",
         (*one, "--average", 1, 1): "one weight for each of 1 pictures",
         (*one, "--average", 0): "sum is 0",
+        (*one, "--average", "--each"): "give one of them",
         (*one, "--subtract", "a rabbit:900"): "-100 ... 100",
         (*one, "--subtract", ":0.5"): "it is TEXT or TEXT:WEIGHT",
         (*one, "--subtract-encoder", twins.TINY / "text_encoder_2"): "give both",
