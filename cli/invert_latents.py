@@ -38,7 +38,7 @@ def options(p: argparse.ArgumentParser) -> None:
     text.add_argument("--prompt", help="what the pictures show (default: nothing; needed for repositories)")
     text.add_argument("--negative", help="what guidance leads away from (default: nothing)")
     text.add_argument("--guidance", type=shared.real(0, 100),
-                      help="up and down again (default: 1, which is none, for ddim; 3.5; 7.5)")  # fmt: skip
+                      help="up and down again (default, by method: 1, which is none; 3.5; 7.5)")  # fmt: skip
     text.add_argument("--method", choices=METHODS, default="ddim", help="(default: ddim)")
     text.add_argument("--fixed-point", type=shared.whole(0, 100), default=0, metavar="K",
                       help="refine every step of DDIM inversion so often (default: 0)")  # fmt: skip

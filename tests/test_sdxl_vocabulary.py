@@ -3,13 +3,16 @@
 import hashlib
 import json
 import random
+import shutil
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 from diaphane.cli.main import main
 from diaphane.model.tokenizer import END, START, Tokenizer, read_merges, vocabulary_of
+from diaphane.weights import pipeline
 from diaphane.weights.words import MERGES, own_words
+from safetensors.torch import load_file, save_file
 
 from .latent_twins import TINY
 
@@ -122,6 +125,31 @@ def test_the_command_cuts_prompts_with_it(capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr().out
     assert "cat</w>(2368) !</w>(256)" in said
     assert "cat</w>(2368) !(0)" in said
+
+
+def test_a_folder_without_tokenisers_gets_it_where_its_towers_have_as_many_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    left = shutil.ignore_patterns("single*", "ip_adapter", "image*", "controlnet", "tokenizer*")
+    shutil.copytree(TINY, tmp_path / "m", ignore=left)
+    assert pipeline.load(tmp_path / "m").words == {}
+    for name in PADS:
+        config = tmp_path / "m" / name / "config.json"
+        config.chmod(0o644)
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 49_408}))
+        tensors = load_file(config.with_name("model.safetensors"))
+        key = next(key for key in tensors if key.endswith("token_embedding.weight"))
+        tensors[key] = tensors[key].repeat(62, 1)[:49_408]
+        config.with_name("model.safetensors").unlink()
+        save_file(tensors, config.with_name("model.safetensors"))
+    assert pipeline.load(tmp_path / "m").words == own_words({"text_encoder": True, "text_encoder_2": False})
+    words = ["generate", "a cat", "--model", str(tmp_path / "m"), "--size", "32", "--steps", "1", "--quiet"]
+    assert main([*words, "--out", str(tmp_path / "o")]) == 0
+    assert main([*words, "--out", str(tmp_path / "o"), "--tokenizer", str(TINY)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "text_encoder has 49408 tokens, its tokeniser" in error
+    assert "has 800: they are of different models" in error
 
 
 def test_its_licence_and_its_card_are_in_the_package():
