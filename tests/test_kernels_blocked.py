@@ -28,7 +28,7 @@ def test_it_is_the_definition_in_float64(case: cases.Case):
 @NAMED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_it_errs_at_most_twice_as_much_as_the_definition_in_the_same_type(case: cases.Case, dtype: torch.dtype):
-    floor = 8 * torch.finfo(dtype).eps  # what a probability's gradient leaves where there is one key, and nothing is due
+    floor = 8 * torch.finfo(dtype).eps  # of one key a probability has no gradient, and rounding leaves a little
     assert {name: e for name, e in errors(case, dtype).items() if not e[0] <= max(e[1], floor)} == {}
 
 

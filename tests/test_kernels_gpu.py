@@ -2,17 +2,21 @@
 
 import pytest
 import torch
-from diaphane.kernels import cases
+from diaphane.kernels import cases, geglu, group_norm, reference
 from diaphane.kernels.device import takes_triton
 from diaphane.kernels.source_attention import source_attention
+from diaphane.model.ops import TORCH, Site, triton
 
+from . import norm_world
 from .kernels_world import errors
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 EVERY = [*cases.EDGES, *cases.SDXL]
+NORMS = [*cases.NORM_EDGES, *cases.NORM_SDXL]
+TYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=["fp16", "bf16", "fp32"])
+@TYPES
 @pytest.mark.parametrize("case", EVERY, ids=[c.name for c in EVERY])
 def test_it_errs_at_most_twice_as_much_as_the_definition_in_the_same_type(case: cases.Case, dtype: torch.dtype):
     found = errors(case, dtype, "cuda")
@@ -30,3 +34,49 @@ def test_it_is_one_node_of_a_compiled_graph_and_equal_to_eager():
     compiled = torch.compile(run, fullgraph=True)
     for a, b in zip(compiled(made["q"], made["k"], made["v"]), run(made["q"], made["k"], made["v"]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@TYPES
+@pytest.mark.parametrize("case", NORMS, ids=[c.name for c in NORMS])
+def test_group_norm_errs_at_most_twice_as_much_as_torch_in_the_same_type(case: cases.NormCase, dtype: torch.dtype):
+    assert group_norm.takes_kernel(cases.norm_inputs(cases.NORM_EDGES[0], dtype, "cuda")["x"], 4)
+    found = norm_world.errors(case, dtype, "cuda")
+    assert {name: e for name, e in found.items() if not e[0] <= e[1]} == {}
+
+
+@TYPES
+@pytest.mark.parametrize("shape", [*cases.GATE_EDGES, *cases.GATES], ids=str)
+def test_the_gate_errs_at_most_twice_as_much_as_torch_in_the_same_type(shape: tuple[int, ...], dtype: torch.dtype):
+    assert geglu.takes_kernel(torch.empty(shape, dtype=dtype, device="cuda"))
+    found = norm_world.gate_errors(shape, dtype, "cuda")
+    assert {name: e for name, e in found.items() if not e[0] <= e[1]} == {}
+
+
+@pytest.mark.parametrize("case", cases.NORM_EDGES, ids=[c.name for c in cases.NORM_EDGES])
+def test_group_norm_in_float64_is_the_definition_on_a_gpu_too(case: cases.NormCase):
+    made = cases.norm_inputs(case, torch.float64, "cuda")
+    ours = norm_world.results(group_norm.group_norm, case, made)
+    true = norm_world.results(reference.group_norm, case, made)
+    for name, exact in true.items():
+        torch.testing.assert_close(ours[name], exact, rtol=1e-8, atol=1e-9 * (1 + exact.norm().item()))
+
+
+def test_a_group_norm_and_a_gate_are_a_node_each_of_a_compiled_graph_and_equal_to_eager():
+    made = cases.norm_inputs(cases.NORM_EDGES[2], torch.float16, "cuda")
+    ref = made["ref"]
+
+    def run(x, w, b):
+        verbs = triton()
+        return verbs.geglu(verbs.group_norm(Site("out", 0, "norm"), x, w, b, 4, 1e-5, True, ref))
+
+    args = [made[name] for name in ("x", "weight", "bias")]
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(*args), run(*args), rtol=1e-3, atol=1e-3)
+
+
+def test_the_verbs_with_kernels_say_what_torch_says():
+    x, (w, b) = torch.randn(2, 64, 16, 16, device="cuda"), torch.randn(2, 64, device="cuda")
+    site = Site("out", 0, "norm")
+    for ref in (None, torch.tensor([0, 0], device="cuda")):
+        found, plain = (v.group_norm(site, x, w, b, 32, 1e-5, True, ref) for v in (triton(), TORCH))
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(triton().geglu(x), TORCH.geglu(x), rtol=1e-5, atol=1e-5)
