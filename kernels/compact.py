@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,20 +18,21 @@ class Kept:
     index: Tensor  # int64 (T,): rows of the flattened mask; 0 past the last edge
     edges: Tensor  # int32 (B + 1,): those of image i are edges[i] to edges[i + 1] of the index
     tokens: int
-    counts: tuple[int, ...] | None  # of each image, where the host has waited for them
 
     def sources(self, sees: Sequence[Sequence[bool]], halves: int = 1, apart: bool = False) -> Sources:
-        """Image i sees the kept tokens of every image j with sees[i][j], as `kernels.sources.compacted` has it."""
-        if self.counts is not None:
-            return compacted(self.counts, sees, halves, self.index.device, apart)
+        """Image i sees the kept tokens of every image j with sees[i][j], as `kernels.sources.compacted` has it.
+
+        The tables are made on the device, in as many segments whatever is kept: nothing waits, and nothing compiled is
+        compiled again.
+        """
         return compacted(self.edges.diff(), sees, halves, apart=apart, rows=len(self.index))
 
 
 def compact(mask: Tensor, padded: bool = False) -> Kept:
     """The positions where a mask is true, built once per step and resolution for all layers.
 
-    bool (B, N) -> T of them.  One wait for the device finds T and the counts; `padded`, nothing waits, T is B N, and
-    the counts stay on the device: shapes are then the same at every step, and the whole can be compiled.
+    bool (B, N) -> T of them, which one wait for the device counts; `padded`, nothing waits, and T is B N, at every step
+    the same.  T is 2 at least, if B N is: torch.compile takes sizes of 0 and 1 for other shapes.
 
     Reads the mask once, B N bytes (its kernel, which has a program an image, at most B times) and writes 8 B N.
     Triton on Nvidia devices since Ampere, torch anywhere else.  ValueError: a mask that is not bool, or not (B, N).
@@ -40,10 +40,7 @@ def compact(mask: Tensor, padded: bool = False) -> Kept:
     if mask.ndim != 2 or mask.dtype != torch.bool or 0 in mask.shape:
         raise ValueError(f"compact takes a mask bool (B, N), neither of them 0; got {mask.dtype} {tuple(mask.shape)}")
     index, edges = torch.ops.diaphane.compact(mask)
-    if padded:
-        return Kept(index, edges, mask.shape[1], None)
-    ends = edges.tolist()
-    return Kept(index[: ends[-1]], edges, mask.shape[1], tuple(z - a for a, z in pairwise(ends)))
+    return Kept(index if padded else index[: max(2, int(edges[-1]))], edges, mask.shape[1])
 
 
 def gather(x: Tensor, kept: Kept, halves: int = 1) -> Tensor:
