@@ -226,18 +226,17 @@ def maps(case: Case):
     unet = parts().unet
     tokens = said["token_grid"][0] * said["token_grid"][1]
     watched: list[Site] = []
-    every = [sites.site(unet.cfg, name) for name in said["layers_execution_order"]]
-    shared = SharedMaps(range(n), n, tokens=tokens, sites=every)
+    flags = said["style_aligned"]
+    sharing = by_level(unet.cfg, flags["only_self_level"])
+    shared = SharedMaps(range(n), n, tokens=tokens, sites=sharing)
     ops = shared.watching(TORCH)
 
     def attend(site: Site, q: Tensor, *rest: object) -> Tensor:
         watched.extend([site] if site in sharing and q.shape[2] == tokens else [])
         return ops.attend(site, q, *rest)
 
-    flags = said["style_aligned"]
-    sharing = by_level(unet.cfg, flags["only_self_level"])
     unet(x, unet.embed(*inputs), knobs(said, [0] * n, replace(ops, attend=attend)))
-    assert watched == every
+    assert watched == [sites.site(unet.cfg, name) for name in said["layers_execution_order"]]
     part = 1 / (1 + torch.tensor(flags["shared_score_shift"]).exp())
     first = shared.mean(0, tokens)  # the reference sees itself once; written out it has two copies of its keys
     average = torch.stack(
