@@ -16,6 +16,7 @@ from .ddpm import DDPM, DDPMConfig
 from .ddpmpp import DDPMpp, DDPMppConfig
 
 Net = TypeVar("Net", bound=nn.Module)
+COMPUTES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LATENT = ("unet", "controlnet", "vae", "clip_text", "clip_vision")  # of model/latent.py
 FAMILIES = {"ddpm": (DDPM, DDPMConfig), "adm": (ADM, ADMConfig), "ddpmpp": (DDPMpp, DDPMppConfig)}
 
@@ -54,9 +55,14 @@ def assembled(
     """`build` for one class of networks and that of its configuration."""
     if strange := [name for name in config if name not in {f.name for f in fields(settings)}]:
         raise ValueError(f"{settings.__name__} has no {strange[0]}")
-    if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if dtype is not None and dtype not in COMPUTES:
         raise ValueError(f"dtype is torch.float16, bfloat16, float32 or float64, not {dtype!r}")
     tensors = {name: moved(name, tensor, dtype, device) for name, tensor in tensors.items()}
+    narrow = next((tensor.dtype for tensor in tensors.values() if tensor.dtype not in COMPUTES), None)
+    if narrow is not None:
+        raise ValueError(
+            f"the tensors are stored as {narrow}, in which nothing computes: give dtype=torch.float16, say"
+        )
     if len(kinds := {tensor.dtype: name for name, tensor in tensors.items()}) > 1:
         mixed = " and ".join(f"{name} is {str(kind).removeprefix('torch.')}" for kind, name in list(kinds.items())[:2])
         raise ValueError(f"{mixed}: give one dtype= for all")

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,11 @@ def test_types_that_networks_do_not_compute_in_and_parts_that_are_missing_are_er
             ValueError, match=f"^unet: dtype is torch.float16, bfloat16, float32 or float64, not {said}"
         ):
             components(found, dtype=dtype)  # type: ignore[arg-type]
+    small = {name: t.to(torch.float8_e4m3fn) for name, t in found["vae"].tensors.items()}
+    eighth = replace(found["vae"], tensors=small)
+    with pytest.raises(ValueError, match=r"^vae: the tensors are stored as torch.float8_e4m3fn, in which nothing"):
+        components({**found, "vae": eighth})
+    assert next(components({**found, "vae": eighth}, dtype=torch.float32).vae.parameters()).dtype == torch.float32
     with pytest.raises(ValueError, match=r"^there is no unet among the parts \(vae\)$"):
         components({"vae": found["vae"]})
 
@@ -317,6 +322,12 @@ def test_a_part_may_come_from_elsewhere(tmp_path: Path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.5}))
     for source in (other, other / "diffusion_pytorch_model.safetensors"):
         assert pipeline.load(twins.TINY, replaced={"vae": source}).parts["vae"].config["scaling"] == 0.5
+    bare = tmp_path / "bare.safetensors"
+    shutil.copy(other / "diffusion_pytorch_model.safetensors", bare)
+    assert pipeline.load(twins.TINY, replaced={"vae": bare}).parts["vae"].config["scaling"] == 0.13025
+    assert pipeline.load(SINGLE, given=GIVEN, replaced={"vae": bare}).parts["vae"].config["upcast"]
+    told = pipeline.load(twins.TINY, replaced={"vae": bare}, given={"vae": {"scaling": 0.7}}).parts["vae"].config
+    assert (told["scaling"], told["upcast"]) == (0.7, False)
     taken = pipeline.load(twins.TINY, replaced={"text_encoder": SINGLE, "vae": twins.TINY}, given=GIVEN)
     assert taken.parts["text_encoder"].paths == (SINGLE,)
 

@@ -114,12 +114,17 @@ def read(
     part: str | None = None,
     *,
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    assumed: Mapping[str, Any] | None = None,
     **given: Any,
 ) -> Network:
-    """One part of a model in one local file.  Nothing is copied, cast or searched: its tensors stay in the file."""
+    """One part of a model in one local file.  Nothing is copied, cast or searched: its tensors stay in the file.
+
+    `assumed` holds where neither the file nor its config.json nor the caller says anything.
+    """
     found = opened(path)
     try:
         held, implied = parts(state(found.content))
+        implied = {**(assumed or {}), **implied}
         if part is None and len(held) > 1:
             raise LayoutError(f"it holds {', '.join(held)}: choose one with part=")
         if part is not None and "" not in held and part not in held:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from . import hub, latent
@@ -52,7 +53,8 @@ def load(
     file in it) or a name of the catalogue.  `variant` is the "fp16" of file names such as model.fp16.safetensors.
     `tokenizer` is a folder or a repository with vocab.json and merges.txt, in it or in its tokenizer/; without one, and
     for single files, which hold none, towers of 49,408 tokens get CLIP's own, which ships with the package.  `replaced`
-    takes parts from elsewhere ({"vae": path}), `given` settings that tensors cannot say ({"unet": {"head_dim": 64}}),
+    takes parts from elsewhere ({"vae": path}; an autoencoder whose files do not say its scaling has that of the
+    model's), `given` settings that tensors cannot say ({"unet": {"head_dim": 64}}),
     and `prediction` is eps or v where no file says which.  Raises a WeightsError of one line, among others for parts
     that do not belong together.
     """
@@ -74,7 +76,8 @@ def load(
         parts, says = in_folder(folder, variant, given)
         words = {text: found for text in parts if (found := words_in(folder, TOKENIZERS.get(text, "")))}
     for part, elsewhere in (replaced or {}).items():
-        parts[part] = alone(part, elsewhere, variant, given.get(part, {}))
+        scaling = {"scaling": parts[part].config["scaling"]} if part == "vae" and part in parts else {}
+        parts[part] = alone(part, elsewhere, variant, given.get(part, {}), scaling)
     consistent(parts, list(replaced or {}))
     towers = {name: parts[name].config for name in PARTS[2:] if name in parts}
     quick = {name: cfg["act"] == "quick_gelu" for name, cfg in towers.items()}
@@ -152,7 +155,13 @@ def in_folder(
         raise located(e, folder.name) from e
 
 
-def in_subfolder(folder: Folder, part: str, variant: str | None, given: Mapping[str, Any]) -> Network:
+def in_subfolder(
+    folder: Folder,
+    part: str,
+    variant: str | None,
+    given: Mapping[str, Any],
+    assumed: Mapping[str, Any] = MappingProxyType({}),
+) -> Network:
     """One part of a folder, or of a folder that is the part itself (part "")."""
     at = f"{part}/" if part else ""
     middle = f".{variant}" if variant else ""
@@ -169,7 +178,7 @@ def in_subfolder(folder: Folder, part: str, variant: str | None, given: Mapping[
                 folder.file(at + shard)
         found = sharded(path) if name in indices else opened(path)
         try:
-            return network(found, state(found.content), folder.json(f"{at}config.json") or {}, given, {})
+            return network(found, state(found.content), folder.json(f"{at}config.json") or {}, given, assumed)
         except WeightsError as e:
             raise located(e, str(path)) from e
     which = f"{variant} weights" if variant else "weights"
@@ -177,20 +186,25 @@ def in_subfolder(folder: Folder, part: str, variant: str | None, given: Mapping[
     raise MissingFileError(f"there are no {which} of {part or 'the part'} in {folder.name}: {hint}")
 
 
-def alone(part: str, source: Source, variant: str | None, given: Mapping[str, Any]) -> Network:
-    """One part from elsewhere: a file, a folder of its own or in a model, a repository, a name of the catalogue."""
+def alone(
+    part: str, source: Source, variant: str | None, given: Mapping[str, Any], assumed: Mapping[str, Any]
+) -> Network:
+    """One part from elsewhere: a file, a folder of its own or in a model, a repository, a name of the catalogue.
+
+    `assumed` holds where nothing else says anything.
+    """
     name = os.fspath(source)
     entry = CATALOGUE.get(name) if isinstance(source, str) else None
     if entry and entry.variant and entry.repo:
         name, variant = entry.repo, variant or entry.variant
     path = hub.fetch_entry(entry) if entry and not entry.variant else Path(name).expanduser()
     if path.is_file():
-        return latent.load(path, part if holds_parts(path) else None, **given)
+        return latent.read(path, part if holds_parts(path) else None, assumed=assumed, **given)
     folder = Folder(name)
     if not folder.local and not hub.is_repo(name):
         raise MissingFileError(f"there is no {name}: give a file, a folder or a repository for {part}")
     whole = folder.file(f"{part}/config.json") is not None
-    return in_subfolder(folder, part if whole else "", variant, given)
+    return in_subfolder(folder, part if whole else "", variant, given, assumed)
 
 
 def holds_parts(path: Path) -> bool:
