@@ -8,7 +8,7 @@ from typing import Any
 from ..methods.scales import PRESETS, Scales, scales
 from ..model.unet import UNetConfig
 from .errors import CommandError
-from .options import real
+from .options import real, whole
 
 H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -20,7 +20,9 @@ def options(p: argparse.ArgumentParser) -> None:
                    "or names of `diaphane fetch` (ip-adapter_sdxl ...)")  # fmt: skip
     g.add_argument("--style-image", nargs="+", required=True, metavar="PICTURE", help="what the adapter is shown; with "
                    "several adapters one each, or as --share says")  # fmt: skip
-    g.add_argument("--share", nargs="+", type=int, metavar="N", help="how many of the pictures each adapter has")
+    g.add_argument(
+        "--share", nargs="+", type=whole(1, 10_000), metavar="N", help="how many of the pictures each adapter has"
+    )
     g.add_argument("--image-encoder", nargs="+", metavar="NAME", help="CLIP's vision tower for each adapter, or one "
                    "for all: a file, a folder, or a name (default: the published one, from the Hub)")  # fmt: skip
     g.add_argument("--scale", nargs="+", type=real(-100, 100), default=[1.0], help="how much of each adapter, at the "

@@ -77,34 +77,36 @@ class Shown:
 
 def loaded(args: argparse.Namespace) -> Loaded:
     """The model, the adapters and the encoders that the options name, each checked against the others."""
+    nets = [ip_adapter.load(source, file=file) for source, file in map(in_repo, args.adapter)]
+    eyes = args.image_encoder or [published(net) for net in nets]
+    towers = [part(eye, "image_encoder") for eye in eyes]
+    towers = towers * len(nets) if len(towers) == 1 else towers
+    text = part(args.subtract_encoder, "text_encoder") if args.subtract_encoder else None
     base = latents.loaded(args)
     kind = next(base.parts.unet.parameters())
-    adapters, encoders, files = [], [], dict[str, str]()
-    for i, name in enumerate(args.adapter):
-        source, file = in_repo(name)
-        net = ip_adapter.load(source, file=file)
+    adapters, files = [], dict[str, str]()
+    for i, (net, tower) in enumerate(zip(nets, towers, strict=True)):
         mixed = len({t.dtype for t in net.tensors.values()}) > 1
         adapter = build(net.family, net.config, net.tensors, dtype=kind.dtype if mixed else None)
-        adapter.fits(base.parts.unet.cfg)
+        fits(adapter, tower, base, args.adapter[i])
         adapter.proj.to(device=kind.device, dtype=kind.dtype)  # the rest stays in its file
-        eye = args.image_encoder[min(i, len(args.image_encoder) - 1)] if args.image_encoder else published(adapter)
-        tower = part(eye, "image_encoder")
-        fits(adapter, tower, base, name)
         adapters.append(adapter)
-        encoders.append(tower)
         files |= {f"adapter {i + 1}": net.sha256, f"image encoder {i + 1}": tower.sha256}
-    text = part(args.subtract_encoder, "text_encoder") if args.subtract_encoder else None
     if text is not None:
         files["text encoder of --subtract"] = text.sha256
     digests = base.weights["parts"] | files
     whole = hashlib.sha256("".join([base.weights["sha256"], *files.values()]).encode()).hexdigest()
     fields: dict[str, Any] = vars(base) | {"weights": base.weights | {"parts": digests, "sha256": whole}}
-    return Loaded(**fields, adapters=tuple(adapters), encoders=tuple(encoders), text=text)
+    return Loaded(**fields, adapters=tuple(adapters), encoders=tuple(towers), text=text)
 
 
 def fits(adapter: IPAdapter, tower: Network, base: latents.Loaded, name: str) -> None:
-    """Raises CommandError for an image encoder that an adapter was not trained with."""
+    """Raises CommandError for a model or an image encoder that an adapter was not trained with."""
     meta = {key: torch.empty_like(t, device="meta") for key, t in tower.tensors.items()}
+    try:
+        adapter.fits(base.parts.unet.cfg)
+    except ValueError as e:
+        raise CommandError(f"{name}: {e}") from e
     try:
         adapter.fits(base.parts.unet.cfg, build(tower.family, tower.config, meta))
     except ValueError as e:
@@ -117,9 +119,10 @@ def in_repo(name: str) -> tuple[str, str | None]:
     return (repo, file) if colon and file and is_repo(repo) and not Path(name).exists() else (name, None)
 
 
-def published(adapter: IPAdapter) -> str:
+def published(net: Network) -> str:
     """The catalogue's name of the image encoder that an adapter reads.  Raises CommandError for others."""
-    reads = 1024 if adapter.cfg.kind != "linear" and adapter.cfg.reads == 1280 else adapter.cfg.reads
+    reads = net.config["reads"]
+    reads = 1024 if net.config["kind"] != "linear" and reads == 1280 else reads  # ViT-H's states are so wide
     if reads not in ENCODERS:
         raise CommandError(f"no published image encoder gives {reads} numbers: name one with --image-encoder")
     return ENCODERS[reads]
