@@ -135,7 +135,8 @@ def weights_control(source: str) -> Any:
     """A ControlNet's settings and tensors.  Raises CommandError for another network."""
     from ..weights import latent
 
-    net = latent.load(source)
+    whole = Path(source).is_file() and pipeline.holds_parts(Path(source))  # the first ones came inside their model
+    net = latent.load(source, "controlnet" if whole else None)
     if net.family != "controlnet":
         raise CommandError(f"{source} is of the kind {net.family}, not a ControlNet")
     return net
