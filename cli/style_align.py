@@ -21,6 +21,8 @@ from .errors import CommandError
 from .images import to_picture
 from .session import Made, Session, produce
 from .sheet import grid
+from .trajectory import Trajectory as Inverted
+from .trajectory import unpacked
 
 LOAD = styles.loaded
 ABOUT = """\
@@ -49,7 +51,9 @@ def parser() -> options.Parser:
     p.add_argument("--style", help='told after every prompt: "PROMPT, STYLE."')
     p.add_argument("--n", type=options.whole(1, 100_000), default=1, help="pictures of each prompt (default: 1)")
     p.add_argument("--reference", metavar="PICTURE", help="whose style; cropped and resized to the size")
-    p.add_argument("--reference-prompt", metavar="TEXT", help="what --reference shows, and its style")
+    p.add_argument("--reference-trajectory", metavar="FILE", help="the same, inverted already by `diaphane invert`: "
+                   "its size and timesteps")  # fmt: skip
+    p.add_argument("--reference-prompt", metavar="TEXT", help="what the picture shows, and its style")
     styles.options_of(p)
     generate.sampling(p, steps=50, sampler="ddim", guidance=None)
     p.add_argument("--control", nargs="+", metavar="PICTURE", help="hints of --control-model, for the targets: one for "
@@ -69,19 +73,27 @@ class Set:
     size: tuple[int, int]
     style: styles.Style
     hints: Tensor | None  # (1 or targets, 3, H, W)
+    path: list[float]
     references: Trajectory | None
+
+
+def given(args: argparse.Namespace) -> str | None:
+    """The file of the reference, where it is not drawn."""
+    return args.reference or args.reference_trajectory
 
 
 def texts_of(args: argparse.Namespace, session: Session) -> list[str]:
     """The reference's text, then the targets'.  Raises CommandError where there are none."""
     if bool(args.prompt) == bool(args.prompts):
         raise CommandError("give prompts, or --prompts FILE, and not both")
-    if args.reference_prompt is not None and not args.reference:
+    if args.reference and args.reference_trajectory:
+        raise CommandError("--reference and --reference-trajectory are two references: give one")
+    if args.reference_prompt is not None and not given(args):
         raise CommandError("--reference-prompt says what --reference shows: give --reference")
     one = argparse.Namespace(prompt=None, prompts=args.prompts)
     texts = args.prompt or generate.prompts(one, session)
     texts = [f"{text}, {args.style}." if args.style else text for text in texts]
-    if args.reference:
+    if given(args):
         return [args.reference_prompt or "", *(text for text in texts for _ in range(args.n))]
     if len(texts) * args.n < 2:
         raise CommandError("one picture has no other to be like: give a second prompt, --n, or --reference PICTURE")
@@ -90,8 +102,8 @@ def texts_of(args: argparse.Namespace, session: Session) -> list[str]:
 
 def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> Set:
     """Everything that can be wrong, found before any picture is begun."""
-    texts, size = texts_of(args, session), generate.sizes(args, net)
-    style = styles.style_of(args, net, bool(args.reference))
+    texts, found = texts_of(args, session), inverted_before(args, session, net)
+    size, style = generate.sizes(args, net), styles.style_of(args, net, bool(given(args)))
     if bool(args.control) != bool(net.control):
         raise CommandError("--control is a hint of --control-model: give both")
     if args.control and len(args.control) not in (1, len(texts) - 1):
@@ -102,13 +114,35 @@ def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> S
                            f"{len(texts) - 1}")  # fmt: skip
     hints = [(picture(session, name, size) + 1) / 2 for name in args.control or ()]
     stacked = torch.cat(hints) if hints else None
+    _, path = walk_of(args, net, seeded([args.seed]))
     references = None
-    if args.reference:
-        _, path = walk_of(args, net, seeded([args.seed]))
-        latents_ = styles.pictured(args, session, net, style, args.reference, texts[0], path, size)
-        references = Trajectory(latents_, path, style.offset)
+    if found is not None:
+        path, references = found.path, Trajectory(found.xs.to(net.device), found.path, style.offset)
+    elif args.reference:
+        zts = styles.pictured(args, session, net, style, args.reference, texts[0], path, size)
+        references = Trajectory(zts, path, style.offset)
     names = ["reference.png", *(f"{i:04d}.png" for i in range(1, len(texts)))]
-    return Set(texts, names, size, style, stacked, references)
+    return Set(texts, names, size, style, stacked, path, references)
+
+
+def inverted_before(args: argparse.Namespace, session: Session, net: styles.Loaded) -> Inverted | None:
+    """The trajectory of --reference-trajectory, whose size and steps become those of the options."""
+    name = args.reference_trajectory
+    if name is None:
+        return None
+    if args.noised or args.invert_guidance is not None:
+        raise CommandError("--noised and --invert-guidance are of a picture that is not inverted yet: give --reference")
+    found, _ = unpacked(session.read(name), name)
+    rows, channels, height, width = found.xs.shape[1:]
+    if (rows, channels) != (1, net.parts.vae.cfg.latent_channels):
+        raise CommandError(
+            f"{name} is of {rows} pictures in latents of {channels} channels: one of this model is taken"
+        )
+    own = f"{width * net.parts.factor}x{height * net.parts.factor}"
+    if args.size not in (None, own):
+        raise CommandError(f"--size {args.size}: {name} is of {own}")
+    args.size, args.steps = own, len(found.path) - 1
+    return found
 
 
 def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
@@ -139,7 +173,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
                 words = generate.parameters(told, net, plan.texts[i], args.seed + i, plan.size)
                 yield session.made(plan.names[i], drawn[-1], seed=args.seed + i, prompt=plan.texts[i], parameters=words)
     if session.wants("sheet.png"):
-        way = f"reference: {args.reference}" if args.reference else "first: the reference"
+        way = f"reference: {given(args)}" if given(args) else "first: the reference"
         title = f"StyleAligned, {count - 1} targets, {args.steps} steps, guidance {plan.style.guidance:g}; {way}"
         yield session.made("sheet.png", grid(drawn[:64], title=title))
 
@@ -150,7 +184,7 @@ def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan:
     texts = [plan.texts[i] for i in rows]
     prompts = together(said(args, net, plan.texts[:1]), said(args, net.for_targets, texts))
     noise = seeded([args.seed, *(args.seed + i for i in rows)])
-    walk, path = walk_of(args, net, noise)
+    walk, path = walk_of(args, net, noise)[0], plan.path
     with net.on(net.parts.unet, net.control):
         controls = []
         if net.control is not None and plan.hints is not None:

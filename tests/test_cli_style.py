@@ -129,6 +129,26 @@ def test_a_picture_is_the_reference_inverted_or_noised(tmp_path: Path, capsys: p
     assert (code, told.splitlines()[-1]) == (0, "the same, bit for bit")
 
 
+def test_a_picture_that_was_inverted_before_is_the_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], photo: Path
+):
+    words = ("--model", TINY, "--prompt", "noise", "--steps", 3, "--size", 64, "--quiet", "--out", tmp_path / "i")
+    assert run(capsys, "invert", photo, *words)[0] == 0
+    (found,) = (tmp_path / "i").glob("*trajectory.safetensors")
+    words = ("--reference-trajectory", found, "--model", TINY, "--quiet")
+    assert run(capsys, "style-align", "a", "b", *words, "--out", tmp_path / "o")[0] == 0
+    said = record(tmp_path / "o" / "0002.png")["settings"]
+    assert (said["size"], said["steps"]) == ("64x64", 3)
+    code, told, _ = run(capsys, "redo", tmp_path / "o" / "0001.png", "--quiet")
+    assert (code, told.splitlines()[-1]) == (0, "the same, bit for bit")
+    for more, why in ((("--size", 128), "is of 64x64"), (("--noised",), "not inverted yet"),
+                      (("--reference", photo), "two references")):  # fmt: skip
+        code, _, error = run(capsys, "style-align", "a", *words, *more, "--out", tmp_path / "x")
+        assert (code, error.count("\n"), why in error) == (2, 1, True), error
+    code, _, error = run(capsys, "style-align", "a", "--reference-trajectory", photo, "--model", TINY)
+    assert (code, "is no trajectory" in error) == (2, True)
+
+
 def test_hints_are_for_the_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str], photo: Path):
     Image.new("RGB", (64, 64), (200, 30, 90)).save(tmp_path / "b.png")
     align(capsys, tmp_path / "plain", "a", "b", "c")
