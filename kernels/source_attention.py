@@ -51,7 +51,7 @@ def source_attention(
         stats = token_stats(q, k, eps)
     pk, pv = (None, None) if pool is None else pool
     if sources is None:
-        sources = Sources.of([[]] * q.shape[0], q.device)
+        sources = Sources.none(q.shape[0], q.device)
     tables = sources.offsets, sources.segments, sources.gains
     out, lse = torch.ops.diaphane.source_attention(q, k, v, pk, pv, *tables, stats, ref, factor)
     return out, lse

@@ -60,6 +60,12 @@ class Sources:
             max((s[3] for s in segments), default=0),
         )
 
+    @classmethod
+    def none(cls, images: int, device: torch.device | str = "cpu") -> "Sources":
+        """Nothing but the own keys; made on the device, which nobody waits for."""
+        offsets = torch.zeros(images + 1, dtype=torch.int32, device=device)
+        return cls(offsets, offsets.new_zeros((0, 4)), torch.zeros((0, 2), device=device), images, 0, 0)
+
     def listed(self) -> list[list[Source]]:
         """What `of` was given, without the empty ranges.  It waits for the device."""
         gains = self.gains.tolist()
@@ -186,17 +192,17 @@ def _tables(counts: Tensor, runs: list[list[list[int]]], halves: int, rows: int)
     """Runs of images as ranges of rows, computed where the counts are; some may be empty."""
     if counts.ndim != 1 or counts.dtype.is_floating_point or counts.dtype == torch.bool:
         raise SourcesError(f"counts are integers (B,); got {counts.dtype} {tuple(counts.shape)}")
-    device = counts.device
     edges = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     listed = [(half * len(runs) + i, half, *run) for half in range(halves) for i, row in enumerate(runs) for run in row]
-    offsets = [0]
-    for row in runs * halves:
-        offsets.append(offsets[-1] + len(row))
-    images, half, first, past = torch.tensor(listed, dtype=torch.int32).reshape(-1, 4).to(device).unbind(1)
+    lengths = [0, *(len(row) for row in runs * halves)]
+    # one copy, which nobody waits for
+    known = torch.tensor([*lengths, *(x for row in listed for x in row)], dtype=torch.int32)
+    known = known.to(counts.device, non_blocking=True)
+    images, half, first, past = known[len(lengths) :].view(-1, 4).unbind(1)
     return Sources(
-        torch.tensor(offsets, dtype=torch.int32).to(device),
+        known[: len(lengths)].cumsum(0).int(),
         torch.stack([images, half, edges[first.long()], edges[past.long()]], 1),
-        torch.tensor([[1.0, 0.0]], device=device).repeat(len(listed), 1),
+        torch.eye(2, device=counts.device)[:1].repeat(len(listed), 1),  # a scale of 1, a shift of 0
         len(runs) * halves,
         halves if listed else 0,
         rows if listed else 0,

@@ -8,12 +8,23 @@ import tempfile
 from pathlib import Path
 
 import triton
-from diaphane.kernels import adain_triton, geglu_triton, group_norm_triton, source_attention_triton
+from diaphane.kernels import (
+    adain_triton,
+    compact_triton,
+    geglu_triton,
+    group_norm_triton,
+    masked_maps_triton,
+    match_triton,
+    source_attention_triton,
+)
 from diaphane.kernels.builds import SHARED, Build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = (adain_triton, source_attention_triton, group_norm_triton, geglu_triton)  # each has builds(architecture)
+MODULES = (  # each has builds(architecture)
+    *(adain_triton, source_attention_triton, group_norm_triton, geglu_triton),
+    *(masked_maps_triton, match_triton, compact_triton),
+)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 

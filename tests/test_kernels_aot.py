@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not inst
 
 STREAMS = {
     *("whole_kernel", "channels_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"),
-    *("geglu_kernel", "geglu_gradient_kernel"),
+    *("geglu_kernel", "geglu_gradient_kernel", "gather", "scatter"),
 }
 
 
@@ -36,6 +36,7 @@ def test_every_kernel_is_compiled(builds):
         *("stats_kernel", "affine_kernel", "moments_kernel", "forward", "queries", "keys"),
         *("whole_kernel", "channels_kernel", "merge_kernel", "apply_kernel", "sums_kernel", "gradient_kernel"),
         *("geglu_kernel", "geglu_gradient_kernel"),
+        *("maps", "maps_queries", "maps_keys", "match", "compact", "gather", "scatter"),
     }
 
 
