@@ -99,4 +99,4 @@ class Kept:
 def cached(kept: int, images: int, halves: int, device: torch.device) -> Others:
     """Others of a cache: every row sees all `kept` tokens of its half, and none of its own batch."""
     rows = [[Source(half, 0, kept)] for half in range(halves) for _ in range(images)]
-    return Others(torch.zeros(0, dtype=torch.long, device=device), Sources.of(rows, device))
+    return Others(Sources.of(rows, device))

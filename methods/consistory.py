@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import reference
-from ..kernels.sources import Seen, Source, Sources, also
+from ..kernels.compact import Kept, compact, gather
+from ..kernels.sources import Seen, Sources, also
 from ..model import sites
 from ..model.ops import Ops, Site
 from ..model.unet import UNetConfig
@@ -71,8 +72,8 @@ def places(cfg: UNetConfig) -> Places:
 class Others:
     """The kept tokens at one level, and who sees them."""
 
-    index: Tensor  # int64 (K,) rows of the flattened (B, N); empty where the keys come from a cache
     sources: Sources
+    kept: Kept | None = None  # where they are in the batch; None where keys come from a cache
     owner: Tensor | None = None  # int64 (K,) the image of each, where keys are to be aligned
 
 
@@ -82,28 +83,13 @@ def others(masks: Tensor, sees: Sequence[Sequence[bool]], halves: int = 1, *, al
     An image never sees its own tokens twice.  It waits for the device once, for the number of tokens.
     """
     looked = [any(row[j] and i != j for i, row in enumerate(sees)) for j in range(len(masks))]
-    mask = masks & torch.tensor(looked, device=masks.device)[:, None]
-    index, edges = reference.compact(mask)
-    at, n = edges.tolist(), len(sees)
-    seen = [
-        [Source(half * n + i if align else half, at[j], at[j + 1]) for j in range(n) if row[j] and j != i]
-        for half in range(halves)
-        for i, row in enumerate(sees)
-    ]
-    joined = [merged(row) for row in seen]
-    owner = torch.div(index, masks.shape[1], rounding_mode="floor") if align else None
-    return Others(index, Sources.of(joined, masks.device), owner)
-
-
-def merged(row: Sequence[Source]) -> list[Source]:
-    """Ranges that follow one another as one."""
-    out: list[Source] = []
-    for source in row:
-        if out and out[-1].image == source.image and out[-1].stop == source.start:
-            out[-1] = out[-1]._replace(stop=source.stop)
-        else:
-            out.append(source)
-    return out
+    kept = compact(masks & torch.tensor(looked, device=masks.device)[:, None])
+    sources = kept.sources(sees, halves)
+    if not align:
+        return Others(sources, kept)
+    own = sources.segments[:, [0, 0, 2, 3]]  # a pool for each row
+    sources = replace(sources, segments=own, pool_images=halves * len(sees) if len(own) else 0)
+    return Others(sources, kept, torch.div(kept.index, kept.tokens, rounding_mode="floor"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +191,8 @@ def gathered(k: Tensor, v: Tensor, these: Others, images: int) -> tuple[Tensor, 
     (k_j - mean_j) / std_j std_i + mean_i for picture i, statistics over all tokens of each head and channel.
     """
     halves = len(k) // images
-    keys, values = (reference.gather(x, these.index, halves) for x in (k, v))
+    assert these.kept is not None, "keys that are seen are of the batch or of a cache"
+    keys, values = gather(k, these.kept, halves), gather(v, these.kept, halves)
     if these.owner is None:
         return keys, values
     mean, std = (s.unflatten(0, (halves, images)) for s in reference.token_stats(k))  # (halves, B, H, D)

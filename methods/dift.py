@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import reference
+from ..kernels.match import match
 from .subject_masks import Size, otsu
 
 
@@ -40,13 +40,13 @@ def matches(source: Tensor, mask: Tensor, target: Tensor, size: Size, sees: Tens
     """Nearest pixels at `size`; source (S, C, H, W) and its mask bool (S, N), target (B, C, H, W), sees bool (B, S)."""
     src, tgt = (
         F.interpolate(
-            y.to(torch.promote_types(y.dtype, torch.float32)), size=size, mode="bilinear", align_corners=False
+            y.detach().to(torch.promote_types(y.dtype, torch.float32)), size=size, mode="bilinear", align_corners=False
         )
         .flatten(2)
         .transpose(1, 2)
         for y in (source, target)
     )
-    index, cosine = reference.match(src, tgt, mask)
+    index, cosine = match(src, tgt, mask)
     return Matches(index, torch.where(sees[..., None], 1 - cosine, torch.inf))
 
 

@@ -1,6 +1,6 @@
 """One stage of ConsiStory: a network as samplers see it, whose masks go from each call to the next."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -145,7 +145,7 @@ class Stage:
         else:
             to_attention(scene.unet, h, skips, c, ops, self.where.last_map)
             self.count(len(x), encoders=1, maps=1)
-        self.note(heard, now, (x.shape[2], x.shape[3]))
+        self.note(heard, told, now, (x.shape[2], x.shape[3]))
         self.calls += 1
 
     def pin(self, x: Tensor, now: float) -> Tensor:
@@ -242,7 +242,7 @@ class Stage:
             self.count(len(x), encoders=1)
         out = scene.unet.decode(*encoded, c, ops)[:, : x.shape[1]].to(x.dtype)
         self.count(len(x), decoders=1)
-        self.note(heard, now, (x.shape[2], x.shape[3]))
+        self.note(heard, told, now, (x.shape[2], x.shape[3]))
         return out
 
     def queries(self, h: Tensor, skips: list[Tensor], c: Cond) -> dict[str, Tensor]:
@@ -252,7 +252,7 @@ class Stage:
         to_attention(scene.unet, h, skips, c, consistory(scene.ops, self.where, told, heard), self.where.last)
         return heard.queries
 
-    def note(self, heard: Heard, now: float, latents: tuple[int, int]) -> None:
+    def note(self, heard: Heard, told: Told, now: float, latents: tuple[int, int]) -> None:
         """What a call leaves to the next: the feature, masks, and what is kept for further pictures."""
         cast, n, sizes = self.cast, self.cast.scene.images, self.where.sizes(latents)
         if now == self.feature_at and self.feature is None and self.number == 1:
@@ -272,14 +272,19 @@ class Stage:
         self.focus = Focus(found, kept)
         self.seen.append(found)
         if cast.keep is not None:
-            self.store(cast.keep, heard)
+            self.store(cast.keep, heard, told)
 
-    def store(self, keep: Kept, heard: Heard) -> None:
+    def store(self, keep: Kept, heard: Heard, told: Told) -> None:
         """Put keys, values and outputs of a call away for further pictures."""
         shelf = self.cast.shelf or self.cast.scene.tokens.device
         if heard.pools:
-            pools = {s: (k.detach().to(shelf), v.detach().to(shelf)) for s, (k, v) in heard.pools.items()}
-            keep.pools[self.number, self.calls] = pools
+            ends = {level: int(these.kept.edges[-1]) for level, these in told.seen.items() if these.kept is not None}
+            keep.pools[self.number, self.calls] = {
+                site: tuple_of(
+                    x.detach()[:, :, : ends[self.where.level[site.rpartition(".")[0]]]].to(shelf) for x in pair
+                )
+                for site, pair in heard.pools.items()
+            }
         if heard.outputs:
             if keep.masks is None:
                 raise SceneError("outputs are kept at the subject's pixels, which are not known yet")
@@ -292,3 +297,9 @@ class Stage:
         whole = self.cast.scene.images * (2 if self.cast.scene.guided else 1)
         for name, times in parts.items():
             setattr(self.tally, name, getattr(self.tally, name) + times * height / whole)
+
+
+def tuple_of(pair: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values."""
+    k, v = pair
+    return k, v

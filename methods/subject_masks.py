@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import masked_maps
+
 Size = tuple[int, int]  # (height, width) in tokens
 
 
@@ -23,8 +25,9 @@ def token_maps(q: Tensor, k: Tensor, tokens: Tensor, bias: Tensor | None = None)
 
     q (B, H, N, D), k (B, H, M, D), tokens (B, T) of which -1 has a map of zeros -> (B, N, T), float32 or float64.
     """
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    logits = (logits if bias is None else logits + bias).to(torch.promote_types(q.dtype, torch.float32))
+    if bias is None:
+        return masked_maps.token_maps(q, k, tokens)
+    logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias).to(torch.promote_types(q.dtype, torch.float32))
     chosen = tokens[:, None, None, :].expand(-1, *q.shape[1:3], -1)
     shares = (logits.gather(-1, chosen.clamp(min=0)) - logits.logsumexp(-1, keepdim=True)).exp()
     return (shares * (chosen >= 0)).mean(1)

@@ -61,11 +61,12 @@ def attention_case(case: Case):
 def keys_of(these: Others, used: Tensor, sees: Sequence[Sequence[bool]]) -> Tensor:
     """Which of all keys, (B * N), each image has: its own, and those in its ranges."""
     n, tokens = used.shape
+    assert these.kept is not None
     out = torch.zeros(n, n * tokens, dtype=torch.bool)
     for i, row in enumerate(these.sources.listed()[:n]):
         out[i, i * tokens : (i + 1) * tokens] = True
         for source in row:
-            out[i, these.index[source.start : source.stop]] = True
+            out[i, these.kept.index[source.start : source.stop]] = True
     return out
 
 
@@ -83,11 +84,12 @@ def cached_case(case: Case, net: Attention, site: Site, level: int):
     hidden, extra = case.input(f"{at}anchor_hidden"), case.input(f"{at}extra_hidden")
     assert hidden.shape[:2] == (2 * n, said["res"] ** 2)
     these, heard = others(used, [[True] * n] * n, 2), Heard(keep_pools=True)
-    rows = hidden.unflatten(0, (2, n)).flatten(1, 2)[:, these.index]
+    assert these.kept is not None
+    rows = hidden.unflatten(0, (2, n)).flatten(1, 2)[:, these.kept.index[: int(these.kept.edges[-1])]]
     exact(case, f"{at}cached_tokens", rows)
     within(case, f"{at}anchor_out", shared(net, hidden, n, level, these, heard), 1e-5)
     images = len(extra) // 2
-    sees = cached(heard.pools[named(site)][0].shape[2], images, 2, torch.device("cpu"))
+    sees = cached(int(these.kept.edges[-1]), images, 2, torch.device("cpu"))
     within(case, f"{at}extra_out", shared(net, extra, images, level, sees, pools=heard.pools), 1e-5)
 
 
