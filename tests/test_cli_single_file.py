@@ -119,6 +119,31 @@ def test_a_single_file_is_inverted(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "o" / "0001-trajectory.safetensors").is_file()
 
 
+def test_a_single_file_of_stable_diffusion_1_is_drawn_with_and_inverted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], made: Path
+):
+    levels = {"channels": (64, 64), "depth": (1, 0), "mid_depth": 1, "blocks": 1, "context_dim": 768}
+    config = UNetConfig(**levels, head_dim=None, pooled_dim=None)  # type: ignore[arg-type]
+    nets = [UNet(config), VAE(VAEConfig(channels=(32, 32), blocks=1)), TextTower(SMALL)]
+    for net in nets:
+        net.requires_grad_(False).half()
+    plan = unet.Plan(**levels, vector_dim=None, in_channels=4, out_channels=4)  # type: ignore[arg-type]
+    pixel = vae.Plan(in_channels=3, latent_channels=4, channels=(32, 32), blocks=1)
+    text = clip.Plan(width=768, layers=2, mlp=8, projection=None, vocabulary=ROWS, positions=77)
+    tensors = ldm(nets[0], unet, plan, unet.LDM, "model.diffusion_model.")
+    tensors |= ldm(nets[1], vae, pixel, vae.LDM, "first_stage_model.")
+    tensors |= ldm(nets[2], clip, text, clip.TRANSFORMERS, "cond_stage_model.transformer.")
+    model = write(tmp_path / "one.safetensors", tensors | {"alphas_cumprod": torch.zeros(1000)})
+    common = ("--model", model, "--size", 32, "--steps", 2, "--quiet")
+    code, said, error = run(capsys, "generate", "a cat", *common, "--out", tmp_path / "g", "--prediction", "v")
+    assert (code, said, error) == (0, "", "")
+    words = ("--prompt", "a cat", "--to", "a dog", "--method", "edit-friendly")
+    code, said, error = run(capsys, "invert", made / "photo.png", *common, *words, "--out", tmp_path / "i")
+    assert (code, error) == (0, "")
+    assert (tmp_path / "i" / "0001-edited.png").is_file()
+    model.unlink()
+
+
 @pytest.mark.parametrize("moment", ["writing", "drawing"])
 def test_an_interruption_leaves_whole_files_and_resume_makes_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, moment: str
