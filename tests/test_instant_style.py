@@ -20,6 +20,7 @@ from diaphane.methods.instant_style import (
     ranged,
     subtracted,
 )
+from diaphane.methods.probe import blocks, looking, relative, spread
 from diaphane.methods.prompt import encode, size_ids
 from diaphane.methods.scales import scales
 from diaphane.model.blocks import Cond
@@ -463,3 +464,21 @@ def test_a_part_without_attention_to_text_is_refused_also_where_its_transformer_
     with pytest.raises(SiteError, match=r"mid_block has no attention to text: enc\.4, enc\.5"):
         scales(replace(CFG, mid_depth=0), {"mid_block": 1})
     assert "mid" not in {at.stage for at in scales(replace(CFG, mid_depth=0), "all")}
+
+
+def test_the_probe_looks_at_steps_spread_over_the_walk_once_each_and_leaves_eps_alone():
+    path = [float(t) for t in leading(10, offset=1)]
+    assert spread(path, 2) == [path[2], path[7]]
+    assert spread(path, 99) == path[:-1]
+    assert relative(torch.ones(2), torch.ones(2)) == 0
+    assert relative(torch.zeros(3), torch.ones(3)) == pytest.approx(1)
+    assert [place.stage for place in blocks(CFG)][:2] == ["enc.4", "enc.5"]
+    seen: dict[str, list] = {}
+    others = {"style": instant_style(TORCH, [prompted("style")]), "none": TORCH}
+    denoise = looking(denoiser, TORCH, others, {601.0}, seen)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in (601, 601, 401):
+        assert torch.equal(denoise(x, torch.tensor([t])), denoiser()(x, torch.tensor([t])))
+    assert seen["none"] == [0.0]
+    assert len(seen["style"]) == 1
+    assert seen["style"][0] > 0.01

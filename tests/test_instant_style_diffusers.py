@@ -3,20 +3,31 @@
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diaphane.methods.instant_style import ImagePrompt, Pictures, image_prompt, instant_style
+from diaphane.methods.instant_style import ImagePrompt, Pictures, features, image_prompt, instant_style
+from diaphane.methods.prompt import encode, size_ids
 from diaphane.methods.scales import scales
+from diaphane.methods.text_to_image import denoiser
 from diaphane.model.image_prompt import IPAdapter, IPAdapterConfig, widths
 from diaphane.model.latent import build
 from diaphane.model.ops import TORCH
+from diaphane.model.pixels import clip_pixels
 from diaphane.model.unet import UNet, UNetConfig
+from diaphane.samplers.ddim import ddim
+from diaphane.samplers.path import leading
+from diaphane.samplers.schedule import scaled_linear
 from diaphane.weights import ip_adapter
 from diaphane.weights import unet as table
 from diffusers.loaders import IPAdapterMixin
+from PIL import Image
 from torch import Tensor
 
 from . import latent_twins as twins
+from .golden_image_prompt import LINEAR, PLUS, adapter
+from .golden_instantstyle import tower
+from .golden_latent import parts
 from .test_weights_ip_adapter import keys
 
 READS = 18
@@ -129,3 +140,34 @@ def test_masks_and_numbers_of_images_are_diffusers():
     masks = [torch.rand(1, n, high, wide, generator=g).round() for n in (2, 1)]
     compared("xl", ["linear", "plus"], [[1.0, 0.4], 0.8], [2, 1], masks)
     compared("sd1", ["linear"], [{"up": {"block_1": [[0.3, 1.0]] * 3}}], [2], masks[:1])
+
+
+@pytest.mark.parametrize(("file", "eye"), [(LINEAR, "image_encoder"), (PLUS, "image_encoder_vit_h")])
+def test_a_picture_file_is_drawn_from_as_in_diffusers_pipeline(file: str, eye: str):
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    rows = np.random.default_rng(0).integers(0, 255, (90, 47, 3), dtype=np.uint8)
+    picture, path = Image.fromarray(rows), leading(2, offset=1, end=0)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(twins.TINY / eye, dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        twins.TINY, dtype=torch.float32, image_encoder=encoder,
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                                set_alpha_to_one=False, steps_offset=1),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_ip_adapter(str(twins.TINY), subfolder="ip_adapter", weight_name=file, image_encoder_folder=None)
+    pipe.set_ip_adapter_scale({"up": {"block_0": [0.0, 0.9, 0.0]}})
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    theirs = pipe("a cat", negative_prompt="low", ip_adapter_image=picture, height=64, width=64, latents=x,
+                  num_inference_steps=2, guidance_scale=5.0, output_type="latent").images  # fmt: skip
+    unet, net, vit = parts().unet, adapter(file), tower(eye)
+    with torch.no_grad():
+        states = features(net, vit, clip_pixels(picture, 56))
+        seen = Pictures(net(states)[None], net(net.nothing(vit))[None])
+        prompt = image_prompt(net, unet.cfg, seen, scales(unet.cfg, {"style": 0.9}))
+        denoise = denoiser(unet, encode(parts(), "a cat"), encode(parts(), "low"), schedule=scaled_linear(),
+                           ids=size_ids((64, 64)), guidance=5.0, ops=instant_style(TORCH, [prompt]))  # fmt: skip
+        *_, last = ddim(denoise, x, scaled_linear(), path)
+    assert float((last.x - theirs).abs().max() / theirs.std()) < 1e-4
