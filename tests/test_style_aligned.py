@@ -1,11 +1,18 @@
 """StyleAligned: what changes nothing, its equations written out, references, layers, chunks, compiled steps."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
+from diaphane.kernels import reference
+from diaphane.kernels.device import TRITON_INSTALLED
 from diaphane.kernels.sources import Seen, Source, Sources, SourcesError
 from diaphane.methods.style_aligned import PRESETS, Sharing, grouped, style_aligned
 from diaphane.methods.style_chunks import chunked
@@ -143,8 +150,6 @@ def test_what_another_method_sees_is_seen_too():
 
 
 def published_row(x: Tensor, ref: Tensor) -> Tensor:
-    from diaphane.kernels import reference
-
     return reference.adain(x, ref)[1]
 
 
@@ -245,3 +250,16 @@ def test_lower_precision_is_near_double(dtype: torch.dtype, bound: float):
     got = told([0, 1, 2], ops, dtype=dtype)(x.to(dtype), at(500, x))
     assert got.dtype == dtype
     assert (got.double() - want).std() < bound * want.std()
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")
+def test_a_styled_network_by_the_triton_kernels_errs_at_most_twice_as_much_as_by_torch():
+    script, env = Path(__file__).parent / "interpreted_style.py", {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [row["way"] for row in rows] == ["folded", "of q and v", "all see all"]
+    for row in rows:
+        assert row["launches"] == 4
+        assert row["moved"] > 0.01
+        assert row["triton"] <= 2 * row["torch"] + 1e-7
