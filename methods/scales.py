@@ -1,14 +1,13 @@
 """How much of an image prompt at each attention to text: presets, places in three spellings, nested settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ..model.image_prompt import text_sites
 from ..model.ops import Site
 from ..model.sites import Place, SiteError, place, places, site, stage, unknown
 from ..model.unet import UNetConfig
 
-Number = float | int | Sequence[float]  # a list: one for each picture of an adapter that has masks
-Scales = dict[Site, float | tuple[float, ...]]
+Scales = dict[Site, float | tuple[float, ...]]  # several numbers: one for each picture of an adapter that has masks
 PRESETS = ("style", "layout", "style+layout", "all")
 # InstantStyle's blocks (Wang et al. 2024) of SDXL, and those its authors name for Stable Diffusion 1
 XL = {"style": ["up_blocks.0.attentions.1"], "layout": ["down_blocks.2.attentions.1"]}
