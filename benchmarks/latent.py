@@ -41,6 +41,18 @@ VAE = {
     "sample_size": 1024,
     "scaling_factor": 0.13025,
 }
+UNET = {
+    "block_out_channels": (160, 320, 640),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 3),
+    "attention_head_dim": (3, 5, 10),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 640 + 6 * 256,
+}
 MIDDLE = UNetConfig(channels=(160, 320, 640), depth=(0, 1, 3), mid_depth=3, pooled_dim=640, context_dim=1024)
 
 
@@ -124,6 +136,27 @@ def tiny(path: Path, rounds: int) -> dict:
         "diffusers": lambda: theirs(x, t, context, added_cond_kwargs=added).sample,
     }
     return row("step of a tiny UNet, overhead", rivals, 10 * rounds, 1e-3)
+
+
+def forward(folder: Path, rounds: int, frozen: bool) -> Iterator[dict]:
+    """A UNet of an eighth of SDXL's size in bfloat16 at 512², eager; and ours compiled with its weights packed."""
+    ours, theirs = pair(folder, "unet-middle", lambda: UNet2DConditionModel(**UNET), UNet2DConditionModel)
+    ours, theirs, draw = ours.bfloat16(), theirs.bfloat16(), torch.Generator().manual_seed(0)
+    x, context = (torch.randn(*shape, generator=draw).bfloat16() for shape in ((1, 4, 64, 64), (1, 77, 1024)))
+    pooled, ids, t = torch.randn(1, 640, generator=draw).bfloat16(), torch.full((1, 6), 512.0), torch.tensor([500])
+    added = {"text_embeds": pooled, "time_ids": ids.bfloat16()}
+
+    def diffusers() -> Tensor:
+        return theirs(x, t, context, added_cond_kwargs=added).sample
+
+    ways: dict[str, Callable[[], Tensor]] = {"eager": lambda: ours(x, ours.embed(t, context, pooled, ids))}
+    if frozen:
+        torch._inductor.config.freezing = True
+        fast = torch.compile(ours)
+        ways["compiled, weights frozen"] = lambda: fast(x, ours.embed(t, context, pooled, ids))
+    for name, way in ways.items():
+        case = f"forward of a smaller UNet, 512², bfloat16, {name}"
+        yield row(case, {"ours": way, "diffusers": diffusers}, rounds, 0.2)
 
 
 def inlined(net: UNet) -> UNet:
@@ -216,11 +249,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--frozen", action="store_true", help="also compile with frozen weights; takes minutes")
     parser.add_argument("--tiny", type=Path, default=Path(__file__).parents[1] / "tests/golden/tiny-sdxl/unet")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     rows = [*taps(args.rounds), tiny(args.tiny, args.rounds), *towers(args.folder, args.rounds)]
+    rows += forward(args.folder, args.rounds, args.frozen)
     write([found | {"threads": args.threads} for found in rows], args.folder / "latent.csv")
 
 
