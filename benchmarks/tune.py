@@ -33,21 +33,22 @@ from diaphane.kernels.source_attention import source_attention
 from diaphane.kernels.timing import Once, Spread, Way, clock, interleaved, spread
 from torch import Tensor
 
-LENGTHS = {64: (256, 1024, 4096), 128: (256, 1024, 4096)}  # tokens, by the tile that holds a head
-CHANNELS = {64: 64, 128: 80}  # of a head in such a tile: SDXL's, Stable Diffusion 1.5's
+LENGTHS = (256, 1024, 4096)  # tokens
+CHANNELS = {64: 64, 128: 80, 256: 160}  # of a head, by the tile that holds it: SDXL's, Stable Diffusion 1.5's
 GAIN = 1.03
 Check = Callable[[], tuple[float, float]]
 
 
 class Problem(NamedTuple):
-    """A row of a table, the candidates for it, what is timed by length, and the error of one call with the most."""
+    """A row of a table, the candidates for it, makers of what is timed by length, and the error of one call with the
+    most."""
 
     kernel: str
     table: dict[Any, Any]
     key: Hashable
     file: str
     candidates: Sequence[Any]
-    calls: Mapping[str, Callable[[], object]]
+    calls: Mapping[str, Callable[[], Callable[[], object]]]
     check: Check
 
 
@@ -74,11 +75,12 @@ def using(table: dict[Any, Any], key: Hashable, config: Any) -> Iterator[None]:
 def timed(problem: Problem, rounds: int, once: Once) -> list[Timed]:
     """Every candidate, checked, and those that are right timed in turn at every length."""
     right, found = [], []
+    calls = {length: make() for length, make in problem.calls.items()}
     for config in problem.candidates:
         try:
             with using(problem.table, problem.key, config):
                 error, most = problem.check()
-                for call in problem.calls.values():
+                for call in calls.values():
                     call()
         except Exception as e:  # out of shared memory, or a compiler's failure: not a candidate here
             why = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
@@ -91,7 +93,7 @@ def timed(problem: Problem, rounds: int, once: Once) -> list[Timed]:
         else:
             found.append(Timed(config, {}, f"wrong: its error is {error:.2e}, more than {most:.2e}"))
     times: dict[Any, dict[str, Spread]] = {config: {} for config in right}
-    for length, call in problem.calls.items():
+    for length, call in calls.items():
         within = {c: partial(using, problem.table, problem.key, c) for c in right}
         samples = interleaved({str(c): Way(call, within=within[c]) for c in right}, rounds, once)
         for c in right:
@@ -134,20 +136,16 @@ def attention(arch: int, kernel: str, tile: int, device: torch.device) -> Proble
     """A row of source attention's table: one of its three kernels and a tile of channels."""
     from diaphane.kernels import source_attention_triton as module
 
-    dim, dtype = CHANNELS[tile], torch.float16
-    heads = {n: 10 if n > 1024 else 20 for n in LENGTHS[tile]}
+    dim, dtype, forward = CHANNELS[tile], torch.float16, kernel == "forward"
     few = (0, 0, 0, 0, 4, 4, 4, 4)
-    cases = {
-        f"{n} {name}": Case(name, "", 8, heads[n], n, dim, **how)
-        for n in LENGTHS[tile]
-        for name, how in (("own", {}), ("style", {"sees": "shared", "refs": few, "adain": kernel == "forward"}))
-    }
-    ragged = Case("ragged", "", 2, 3, 333, dim, sees="shared", refs=(0, 0), adain=kernel == "forward", shift=0.5)
+    ways = {"style": {"sees": "shared", "refs": few, "adain": forward}} | ({"own": {}} if tile < 256 else {})
+    cases = {f"{n} {w}": Case(w, "", 8, 10 if n > 1024 else 20, n, dim, **ways[w]) for n in LENGTHS for w in ways}
+    ragged = Case("ragged", "", 2, 3, 333, dim, sees="shared", refs=(0, 0), adain=forward, shift=0.5)
 
     def call(case: Case) -> Callable[[], object]:
         made, seen = inputs(case, dtype, device), sources(case, device)
-        q, k, v = (made[n].requires_grad_(kernel != "forward") for n in ("q", "k", "v"))
-        if kernel == "forward":
+        q, k, v = (made[n].requires_grad_(not forward) for n in ("q", "k", "v"))
+        if forward:
             return lambda: source_attention(q, k, v, seen, ref=made.get("ref"))
         out, _ = source_attention(q, k, v, seen)
         g = torch.randn_like(out)
@@ -156,69 +154,90 @@ def attention(arch: int, kernel: str, tile: int, device: torch.device) -> Proble
     made, seen = inputs(ragged, dtype, device), sources(ragged, device)
 
     def results(run: Callable[..., Any], kind: torch.dtype) -> tuple[Tensor, ...]:
-        q, k, v = (made[n].to(kind).requires_grad_(kernel != "forward") for n in ("q", "k", "v"))
+        q, k, v = (made[n].to(kind).requires_grad_(not forward) for n in ("q", "k", "v"))
         out, lse = run(q, k, v, seen, ref=made.get("ref"))
-        return (out, lse) if kernel == "forward" else torch.autograd.grad(out.square().sum(), (q, k, v))
+        return (out, lse) if forward else torch.autograd.grad(out.square().sum(), (q, k, v))
 
     judge = judged(lambda kind: results(reference.source_attention, kind), dtype)
-    candidates = [
-        Config(m, n, warps, stages)
-        for m, n, warps, stages in product((64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
-        if m * n <= 128 * 128
-    ]
+    sides = product((32, 64, 128), (16, 32, 64, 128))
+    candidates = [Config(*side, *how) for side, how in product(sides, product((4, 8), (1, 2, 3, 4)))]
+    calls = {name: partial(call, case) for name, case in cases.items()}
     return Problem(
-        f"source_attention {kernel}", module.TABLE, (arch, kernel, tile), module.__file__, candidates,
-        {name: call(case) for name, case in cases.items()}, lambda: judge(results(source_attention, dtype)),
+        f"source_attention {kernel}", module.TABLE, (arch, kernel, tile), module.__file__, candidates, calls,
+        lambda: judge(results(source_attention, dtype)),
     )  # fmt: skip
 
 
-def maps(arch: int, tile: int, device: torch.device) -> Problem:
-    """A row of masked maps' table: a tile of channels."""
+def maps(arch: int, kernel: str, tile: int, device: torch.device) -> Problem:
+    """A row of masked maps' table: one of its three kernels and a tile of channels."""
     from diaphane.kernels import masked_maps_triton as module
 
-    def drawn(b: int, h: int, n: int, m: int) -> tuple[Tensor, ...]:
-        made = (torch.randn(b, rows, h, CHANNELS[tile], device=device).half().transpose(1, 2) for rows in (n, m, m))
-        return *made, torch.tensor([3, 1, m - 1], device=device)
+    forward = kernel == "maps"
 
-    ragged = drawn(2, 3, 333, 77)
-    judge = judged(lambda kind: reference.masked_maps(*(x.to(kind) for x in ragged[:3]), ragged[3]), torch.float16)
-    calls = {str(n): partial(masked_maps, *drawn(8, 10 if n > 1024 else 20, n, 77)) for n in LENGTHS[tile]}
+    def drawn(b: int, h: int, n: int, m: int = 77) -> tuple[tuple[Tensor, ...], Tensor]:
+        made = (torch.randn(b, rows, h, CHANNELS[tile], device=device).half().transpose(1, 2) for rows in (n, m, m))
+        return tuple(made), torch.tensor([3, 1, m - 1], device=device)
+
+    def results(run: Callable[..., Any], made: tuple[Tensor, ...], tokens: Tensor) -> tuple[Tensor, ...]:
+        leaves = tuple(x.detach().requires_grad_(not forward) for x in made)
+        out, found = run(*leaves, tokens)
+        if forward:
+            return out, found
+        return torch.autograd.grad(out.float().square().sum() + found.square().sum(), leaves)
+
+    def call(n: int) -> Callable[[], object]:
+        made, tokens = drawn(8, 10 if n > 1024 else 20, n)
+        return lambda: results(masked_maps, made, tokens)
+
+    ragged, some = drawn(2, 3, 333)
+
+    def exact(kind: torch.dtype) -> tuple[Tensor, ...]:
+        return results(reference.masked_maps, tuple(x.to(kind) for x in ragged), some)
+
+    judge = judged(exact, torch.float16)
     candidates = [Config(*each) for each in product((32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))]
     return Problem(
-        "masked_maps", module.TABLE, (arch, tile), module.__file__, candidates, calls,
-        lambda: judge(masked_maps(*ragged)),
+        f"masked_maps {kernel}", module.TABLE, (arch, kernel, tile), module.__file__, candidates,
+        {str(n): partial(call, n) for n in LENGTHS}, lambda: judge(results(masked_maps, ragged, some)),
     )  # fmt: skip
 
 
-def matches(arch: int, device: torch.device) -> Problem:
-    """The row of the match's table for half precision, judged by how much worse than the best a match is."""
+def matches(arch: int, precision: str, device: torch.device) -> Problem:
+    """A row of the match's table, judged by how much worse than the best a match is."""
     from diaphane.kernels import match_triton as module
 
+    dtype = torch.float16 if precision == "half" else torch.float32
+
     def drawn(n: int) -> tuple[Tensor, Tensor, Tensor]:
-        src, tgt = (torch.randn(2, n, 640, device=device).half() for _ in range(2))
+        src, tgt = (torch.randn(2, n, 640, device=device).to(dtype) for _ in range(2))
         return src, tgt, torch.rand(2, n, device=device) < 0.3
 
-    ragged = drawn(333)
+    def call(n: int) -> Callable[[], object]:
+        return partial(match, *drawn(n))
+
+    src, tgt, mask = drawn(333)
 
     def check() -> tuple[float, float]:
-        (index, said), (_, true) = match(*ragged), reference.match(*(x.double() for x in ragged[:2]), ragged[2])
-        unit, sought = (torch.nn.functional.normalize(x.double(), dim=-1) for x in ragged[:2])
+        (index, said), (_, true) = match(src, tgt, mask), reference.match(src.double(), tgt.double(), mask)
+        unit, sought = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (src, tgt))
         got = (sought[:, None] * unit[torch.arange(2, device=device)[None, :, None], index]).sum(-1)
         return max((true - got).max().item(), (said - true).abs().max().item()), 64 * torch.finfo(torch.float32).eps
 
-    candidates = [module.Tile(*each) for each in product((64, 128), (64, 128), (32, 64), (4, 8), (2, 3, 4))]
-    calls = {str(n): partial(match, *drawn(n)) for n in (1024, 4096)}
-    return Problem("match", module.TABLE, (arch, "half"), module.__file__, candidates, calls, check)
+    candidates = [module.Tile(*each) for each in product((64, 128), (64, 128), (32, 64), (4, 8), (1, 2, 3, 4))]
+    return Problem(
+        f"match {precision}", module.TABLE, (arch, precision), module.__file__, candidates,
+        {str(n): partial(call, n) for n in LENGTHS[1:]}, check,
+    )  # fmt: skip
 
 
-def problems(device: torch.device) -> Iterator[Problem]:
-    """Every row of every table for this GPU."""
-    arch = architecture(torch.cuda.get_device_capability(device))
-    for kernel, tile in product(("forward", "queries", "keys"), LENGTHS):
-        yield attention(arch, kernel, tile, device)
-    for tile in LENGTHS:
-        yield maps(arch, tile, device)
-    yield matches(arch, device)
+def problems(device: torch.device, arch: int) -> Iterator[Problem]:
+    """Every row of every table for an architecture."""
+    from diaphane.kernels import masked_maps_triton, match_triton, source_attention_triton
+
+    for module, made in ((source_attention_triton, attention), (masked_maps_triton, maps), (match_triton, matches)):
+        for row in list(module.TABLE):
+            if row[0] == arch:
+                yield made(*row, device)
 
 
 def tune(each: Iterator[Problem], rounds: int, once: Once, write: bool) -> Iterator[dict[str, Any]]:
@@ -248,7 +267,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("tune.py times on a GPU, and there is none here: the tables stay as they are")
     device = torch.device("cuda", torch.cuda.current_device())
-    each = (p for p in problems(device) if not args.kernel or args.kernel in p.kernel)
+    arch = architecture(torch.cuda.get_device_capability(device))
+    each = (p for p in problems(device, arch) if not args.kernel or args.kernel in p.kernel)
     about = conditions(device)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diaphane.kernels.device import TRITON_INSTALLED
 from diaphane.kernels.entries import ENTRIES
 from diaphane.kernels.timing import Way
 
@@ -62,7 +63,7 @@ def problem():
             raise RuntimeError("out of resource: shared memory\nand more")
         return (1.0 if table["row"] == "wrong" else 0.0), 0.5
 
-    calls = {"short": lambda: "short", "long": lambda: "long"}
+    calls = {"short": lambda: lambda: "short", "long": lambda: lambda: "long"}
     names = ["wide", "wrong", "greedy", "narrow"]
     return tune, tune.Problem("kernel", table, "row", "file", names, calls, check)
 
@@ -105,13 +106,18 @@ def test_a_lost_device_ends_the_search_and_names_the_candidate(problem):
     assert given.table == {"row": "old"}
 
 
-@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_every_row_of_every_table_can_be_written(path: Path):
-    tune, source = script("tune"), path.read_text()
+def table_of(source: str) -> list[ast.expr | None]:
+    """The keys of a file's TABLE."""
     named = {ast.unparse(n.targets[0]): n.value for n in ast.parse(source).body if isinstance(n, ast.Assign)}
     table = named["TABLE"]
     assert isinstance(table, ast.Dict)
-    for key in table.keys:
+    return table.keys
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_row_of_every_table_can_be_written(path: Path):
+    tune, source = script("tune"), path.read_text()
+    for key in table_of(source):
         assert key
         row = ast.literal_eval(key)
         changed = tune.rewritten(source, row, tune.Config(1, 2, 3, 4)).splitlines()
@@ -120,6 +126,21 @@ def test_every_row_of_every_table_can_be_written(path: Path):
         ]
     with pytest.raises(ValueError, match="a table has one row"):
         tune.rewritten(source, (70, "forward", 64), tune.Config(1, 2, 3, 4))
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_row_of_every_table_has_candidates_and_a_check(arch: int):
+    tune = script("tune")
+    rows = [ast.literal_eval(key) for path in TABLES for key in table_of(path.read_text()) if key]
+    found = list(tune.problems(CPU, arch))
+    assert sorted(map(str, (p.key for p in found))) == sorted(str(row) for row in rows if row[0] == arch)
+    for problem in found:
+        assert problem.table[problem.key] in problem.candidates
+        assert len(problem.calls) >= 2
+    for problem in (p for p in found if p.kernel in ("masked_maps maps", "match single") and p.key[-1] != 128):
+        error, most = problem.check()  # of what runs on a CPU, which asks no table
+        assert 0 < error <= most
 
 
 def test_what_was_timed_is_said_chosen_and_written(problem, tmp_path: Path, capsys):
