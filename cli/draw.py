@@ -167,6 +167,18 @@ def walked(
         return last(session.progress(steps, len(path) - 1, f"picture {rows[0] + 1} ... {rows[-1] + 1}")).x
 
 
+def cut_off(net: latents.Loaded, texts: Sequence[str]) -> list[str]:
+    """A line about each text that is longer than the towers read, with the words that are lost."""
+    found, tokens = [], net.parts.tokenizers[0]
+    for text in dict.fromkeys(texts):
+        pieces = tokens.pieces(text)[1:-1]
+        if over := pieces[tokens.length - 2 :]:
+            lost, many = tokens.text(over), f"{len(over)} of {len(pieces)}"
+            short = lost if len(lost) <= 80 else f"{lost[:77]}..."
+            found.append(f"the last {many} tokens of {text[:40]!r} are cut off: {short}")
+    return found
+
+
 def said(args: argparse.Namespace, net: latents.Loaded, texts: Sequence[str]) -> tuple[Prompt, Prompt]:
     """What texts and the negative text become."""
     with net.on(*net.parts.towers):

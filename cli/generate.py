@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..methods import text_to_image as t2i
 from . import images, latents, options
-from .draw import Around, alone, check, draw, prepared, strength
+from .draw import Around, alone, check, cut_off, draw, prepared, strength
 from .errors import CommandError
 from .images import to_picture
 from .redo import record_of
@@ -161,7 +161,7 @@ def make(args: argparse.Namespace, session: Session, around: Around = alone) -> 
     found = resumed(args, session, net)
     texts, whole = prompts(args, session), sizes(args, net)
     jobs = [(f"{i * args.n + j + 1:04d}.png", text) for i, text in enumerate(texts) for j in range(args.n)]
-    for line in net.loras if session.wanted is None else ():
+    for line in (*net.loras, *cut_off(net, [*texts, args.negative or ""])) if session.wanted is None else ():
         session.say(line)
     scene = prepared(args, session, net, whole) | found
     drawn = []

@@ -53,6 +53,8 @@ def options(p: argparse.ArgumentParser) -> None:
     net.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
     net.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt (default: the model's "
                      "own; for single files, which hold none, CLIP's, which ships with the package)")  # fmt: skip
+    net.add_argument("--literal", action="store_true", help='a "!" in a text is text for SDXL\'s second tower too, not '
+                     "padding as transformers has it")  # fmt: skip
     net.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
     net.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, folders or repositories, and how "
                      "much of each (default: 1)")  # fmt: skip
@@ -101,12 +103,13 @@ def loaded(args: argparse.Namespace) -> Loaded:
     dtype = getattr(torch, name)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if not whole.words:
-        rows = whole.parts[whole.texts[-1]].config["vocabulary"]
-        raise CommandError(f"{args.model} came without a vocabulary, and its text tower has {rows} tokens, not the "
+    if lost := [name for name in whole.texts if name not in whole.words]:
+        rows = whole.parts[lost[0]].config["vocabulary"]
+        raise CommandError(f"{args.model} came without a vocabulary for {lost[0]}, which has {rows} tokens, not the "
                            "49408 of CLIP: give --tokenizer, a folder with vocab.json and merges.txt")  # fmt: skip
     at = torch.device("cpu") if args.low_vram else device
-    parts = components(whole.parts, whole.words, dtype=dtype, device=at)
+    literal = getattr(args, "literal", False)  # which not every command asks for
+    parts = components(whole.parts, whole.words, dtype=dtype, device=at, cut_pad=not literal)
     paths, lines = {part: net.paths for part, net in whole.parts.items()}, []
     for text, words in whole.words.items():
         paths[f"tokeniser of {text}"] = tuple(path for path in (words.vocabulary, words.merges) if path)

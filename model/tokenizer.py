@@ -73,6 +73,12 @@ class Tokenizer:
         """The tokens that `ids` numbers; the last of a word ends in </w>."""
         return [self.backend.id_to_token(i) or "" for i in self.ids(text)]
 
+    def text(self, pieces: Sequence[str]) -> str:
+        """What pieces spell, lower case and with a blank between words; half a character becomes the mark for one."""
+        known = {letter: bytes([byte]) for byte, letter in letters().items()}
+        joined = "".join(pieces).replace("</w>", " ")
+        return b"".join(known.get(letter, letter.encode()) for letter in joined).decode("utf-8", "replace").strip()
+
     def __call__(self, texts: Sequence[str] | str) -> Tensor:
         """Texts -> ids (B, 77), cut to that length with the end last, or padded."""
         rows = [self.ids(text) for text in ([texts] if isinstance(texts, str) else texts)]
@@ -87,10 +93,16 @@ def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     256 at the end of a word; what each pair makes, in order; the start and the end of a text.  So 48,894 merges give
     the 49,408 tokens of CLIP.
     """
-    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [*map(chr, printed), *(chr(256 + i) for i in range(256 - len(printed)))]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), START, END]
+    single = letters().values()
+    tokens = [*single, *(f"{letter}</w>" for letter in single), *map("".join, merges), START, END]
     return {token: i for i, token in enumerate(tokens)}
+
+
+def letters() -> dict[int, str]:
+    """The letter of each byte in the vocabulary's order: itself where it is printed, else one from U+0100 on."""
+    printed = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {byte: chr(byte) for byte in printed} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:

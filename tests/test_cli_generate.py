@@ -98,6 +98,21 @@ def test_pictures_have_their_seeds_records_parameters_and_a_sheet(tmp_path: Path
     assert told[1].startswith("Steps: 2, Sampler: Euler, Schedule type: Normal, CFG scale: 5, Seed: 9, Size: 64x64, ")
 
 
+def test_what_of_a_text_is_cut_off_is_said_and_a_literal_mark_is_another_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    long, few = "cat " * 75 + "ünder the 日本 moon", ("--size", 32)
+    said = generate(capsys, tmp_path / "a", *few, "--n", 2, prompt=long)
+    assert said.count("are cut off") == 1
+    assert said.endswith(" tokens of 'cat cat cat cat cat cat cat cat cat cat ' are cut off: ünder the 日本 moon\n")
+    assert generate(capsys, tmp_path / "b", *few, prompt="cat " * 75) == ""
+    generate(capsys, tmp_path / "c", *few, prompt="cat!")
+    generate(capsys, tmp_path / "d", *few, "--literal", prompt="cat!")
+    assert (pixels(tmp_path / "c" / "0001.png") != pixels(tmp_path / "d" / "0001.png")).any()
+    code, said, _ = run(capsys, "redo", tmp_path / "d" / "0001.png", "--quiet")
+    assert (code, said.splitlines()[-1]) == (0, "the same, bit for bit")
+
+
 def test_parameters_hold_text_in_any_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     generate(capsys, tmp_path / "o", "--negative", "низкий", "--size", 64, prompt="猫 🐈")
     with Image.open(tmp_path / "o" / "0001.png") as picture:

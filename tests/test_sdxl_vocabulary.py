@@ -108,6 +108,13 @@ def test_two_thousand_adversarial_texts_have_transformers_ids(tmp_path: Path, te
     assert ours(many).tolist() == theirs(many, padding="max_length", max_length=77, truncation=True)["input_ids"]
 
 
+def test_pieces_spell_their_text():
+    tokens = own("text_encoder")
+    for said in ("a photo of a cat", "日本語 👍🏽 ünï", "x² 50 % of ½", "\x00 \x1b \u200d"):
+        assert tokens.text(tokens.pieces(said)[1:-1]).replace(" ", "") == said.replace(" ", "")
+    assert tokens.text(["ðŁ", "ĳ"]) == "\ufffd"
+
+
 def test_an_exclamation_mark_is_the_padding_of_the_second_tower_or_text():
     assert own("text_encoder").ids("wow!")[-2] == 256
     assert own("text_encoder_2").ids("wow!")[-2] == 0
