@@ -121,8 +121,8 @@ def double(x: Tensor) -> Tensor:
 class Up(nn.Module):
     """Double the resolution: nearest neighbour, then a convolution.
 
-    What was n pixels wide before its halving, n odd, comes to n + 1; `size` is what it shall come to, and the last row
-    or column is left out before the convolution.
+    What was n pixels wide before its halving, n odd, would come to n + 1; `size` is what it shall come to, and the last
+    row or column is left out before the convolution.
     """
 
     def __init__(self, channels: int):
@@ -130,12 +130,11 @@ class Up(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, c: Cond, ops: Ops, size: tuple[int, int] | None = None) -> Tensor:
-        x = double(x)
-        if size is not None and size != (x.shape[2], x.shape[3]):
-            if not all(n - 1 <= side <= n for n, side in zip(x.shape[2:], size, strict=True)):
-                raise ValueError(f"a skip of {size} cannot follow what is doubled to {tuple(x.shape[2:])}")
-            x = x[:, :, : size[0], : size[1]]
-        return self.conv(x)
+        if size is None:
+            return self.conv(double(x))
+        if not all(2 * n - 1 <= side <= 2 * n for n, side in zip(x.shape[2:], size, strict=True)):
+            raise ValueError(f"a skip of {size} cannot follow what is doubled from {tuple(x.shape[2:])}")
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))  # pixel i is i // 2 in either case
 
 
 def widths(base: int, mult: tuple[float, ...]) -> tuple[int, ...]:

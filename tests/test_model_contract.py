@@ -8,7 +8,7 @@ import pytest
 import torch
 from diaphane.kernels import reference
 from diaphane.model import adm, ddpm, ddpmpp
-from diaphane.model.blocks import Norm, ThreeLists, Up, denoiser, half, sinusoid
+from diaphane.model.blocks import Norm, ThreeLists, Up, denoiser, double, half, sinusoid
 from diaphane.model.ops import JVP, TORCH, Ops, Site
 from torch import Tensor, nn
 
@@ -276,3 +276,12 @@ def test_doubling_then_halving_is_nothing():
     nn.init.dirac_(up.conv.weight)
     nn.init.zeros_(up.conv.bias)  # type: ignore[arg-type]
     torch.testing.assert_close(half(up(x, None, TORCH)), x)
+
+
+def test_doubling_to_a_size_is_doubling_without_the_last_row_or_column():
+    for n in (1, 2, 3, 7, 67, 135):
+        x, up = torch.randn(1, 1, n, n + 1), Up(1)
+        whole = double(x)
+        for height in (2 * n - 1, 2 * n):
+            for width in (2 * n + 1, 2 * n + 2):
+                assert torch.equal(up(x, None, TORCH, (height, width)), up.conv(whole[:, :, :height, :width]))

@@ -228,7 +228,7 @@ def test_a_network_without_its_text_and_x_and_skips_that_do_not_fit_are_errors()
             net(wrong, c)
     h, skips = net.encode(x, c)
     skips[:3] = [skip[:, :, :-3] for skip in skips[:3]]
-    with pytest.raises(ValueError, match=r"a skip of \(13, 24\) cannot follow what is doubled to \(16, 24\)"):
+    with pytest.raises(ValueError, match=r"a skip of \(13, 24\) cannot follow what is doubled from \(8, 12\)"):
         net.decode(h, skips, c)
 
 
