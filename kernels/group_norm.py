@@ -24,7 +24,7 @@ def group_norm(
     """GroupNorm (Wu & He 2018), then x * sigmoid(x) if `silu`.  (B, C, ...), 2 x (C,) -> (B, C, ...), laid out as x.
 
     With ref (B,), integers, image i takes the mean and the variance of its own pixels and those of image ref[i]
-    together (Hertz et al. 2024's code, "share group norm"), from those of each (docs/kernels.md, eq. 8).  Statistics
+    together (Hertz et al. 2024's code, "share group norm"), from those of each (docs/kernels.md, eq. N1).  Statistics
     are float32, float64 for float64.  Gradients reach x, also through the reference's statistics, weight and bias; one
     derivative, reverse mode, where a kernel or `ref` is used.
 

@@ -29,7 +29,7 @@ def _spread(v, LAST: tl.constexpr):
 
 @triton.jit
 def _mixed(mean, var, mean_r, var_r):
-    """The mean and variance of two images of as many pixels, together (docs/kernels.md, eq. 8)."""
+    """The mean and variance of two images of as many pixels, together (docs/kernels.md, eq. N1)."""
     away = (mean - mean_r) * 0.5
     return mean - away, (var + var_r) * 0.5 + away * away
 
