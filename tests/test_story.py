@@ -1,9 +1,11 @@
 """ConsiStory's two stages: the published pictures in fewer passes, anchors and further pictures, refusals."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,6 +30,7 @@ from diaphane.samplers.noise import seeded
 from diaphane.samplers.path import karras
 from torch import Tensor
 
+from . import latent_twins as twins
 from . import story_world as world
 from .story_world import PATH, SCHEDULE, SETTINGS, UNET, scene, story, walked
 
@@ -102,7 +105,8 @@ def test_at_fifty_steps_less_than_97_and_a_half_of_112_passes_are_left_and_with_
     exact = story(settings=Settings(), **few)
     early = story(settings=Settings(early=True), **few)
     with torch.no_grad():
-        walked(exact), walked(early)
+        for one in (exact, early):
+            walked(one)
     assert exact.tally == Tally(94.5, 94, 5, 0.5, 0)
     assert early.tally == Tally(81.5, 81, 5, 0, 0.5)
     assert exact.tally.passes(shares) <= 97.5
@@ -275,3 +279,14 @@ def test_what_does_not_fit_is_refused_in_a_line():
     for wrong in ({"dropout": 1.1}, {"window": 0}, {"alpha": 2}, {"inject": (1, 2)}, {"blend": (-1, 0)}):
         with pytest.raises(SceneError):
             Settings(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_example_of_the_docs_draws():
+    text = (Path(__file__).parent.parent / "docs" / "consistory.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    said = code.replace('"stabilityai/stable-diffusion-xl-base-1.0", variant="fp16"', f'"{twins.TINY}"')
+    said = said.replace("1024", "32").replace("leading(50", "leading(4")
+    names: dict[str, Any] = {}
+    exec(said, names)
+    assert names["drawn"].shape == (3, 3, 32, 32)
+    assert names["story"].masks
