@@ -23,7 +23,7 @@ def masked_maps(
     key, whose map is 0.  scale is 1 / sqrt(D) unless given, and positive.  Returns the output (B, H, N, D), in memory
     (B, N, H, D), and the maps (B, N, T), float32 or float64.  Gradients reach q, k and v from both; one derivative.
 
-    The N x M probabilities are not built: a column is exp(scale q k_t - lse) (docs/kernels.md, eq. 8).  Beside the
+    The N x M probabilities are not built: a column is exp(scale q k_t - lse) (docs/kernels.md, eq. M1).  Beside the
     attention's 4 B H N M D FLOP that takes 2 B H N T D more and B H N T exponentials; the maps are written once, in
     4 B N T bytes.  Triton on Nvidia devices since Ampere, in half precision, for heads up to 128 and 128 columns; on
     CPU a fused call and a small product a head; anywhere else the definition.
@@ -138,7 +138,7 @@ def _backward(
     tokens: Tensor,
     scale: float,
 ) -> list[Tensor]:
-    """Gradients by q, k and, where it is given, v (docs/kernels.md, eq. 9).
+    """Gradients by q, k and, where it is given, v (docs/kernels.md, eq. M2).
 
     The columns reach the softmax's sum through the log-sum-exp, whose gradient source attention's backward takes, and
     the chosen keys directly.

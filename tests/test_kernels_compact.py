@@ -1,5 +1,7 @@
 """Tests of compaction: lists of kept tokens, the rows they pick, the sources made of them, what is compiled again."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diaphane.kernels import reference
@@ -184,3 +186,13 @@ def test_attention_takes_channels_that_are_not_side_by_side():
     grads = [torch.autograd.grad((out * weight).sum(), x) for (out, _), x in zip(outs, (far, near), strict=True)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_page_about_the_kernels_compacts_as_it_is_printed():
+    page = (Path(__file__).parent.parent / "docs" / "kernels.md").read_text()
+    code = next(b.split("```")[0] for b in page.split("```python\n")[1:] if "padded=True" in b)
+    q, k, v = qkv(6)
+    names: dict = {"q": q, "k": k, "v": v, "mask": masks(4, 0, 9), "sees": ALL}
+    exec(code, names)
+    these = seen(k, v, compact(masks(4, 0, 9)), ALL, 2)
+    torch.testing.assert_close(names["out"], attend(SITE, q, k, v, seen=these))
