@@ -19,7 +19,7 @@ from ..samplers.null_text import Halfway, null_text
 from ..samplers.parameterisation import Denoise
 from . import latents
 from . import options as shared
-from .draw import inpaints, picture, said, walk_of
+from .draw import cut_off, inpaints, picture, said, walk_of
 from .errors import CommandError
 from .generate import size, sizes
 from .images import to_picture
@@ -54,6 +54,7 @@ def options(p: argparse.ArgumentParser) -> None:
                       help="which timesteps (default: as the model says)")  # fmt: skip
     text.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
     text.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt, in place of CLIP's")
+    text.add_argument("--literal", action="store_true", help='a "!" is text for SDXL\'s second tower too')
     text.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
     text.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, and how much of each")
     text.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
@@ -63,7 +64,11 @@ def options(p: argparse.ArgumentParser) -> None:
 def wanted(args: argparse.Namespace) -> bool:
     """Whether the options mean a latent model.  Raises CommandError for options of the other kind."""
     if args.prompt is None and not latents.reads_text(args):
-        given = [name for name in OWN if getattr(args, name) is not None] + ["low_vram"] * args.low_vram
+        given = (
+            [name for name in OWN if getattr(args, name) is not None]
+            + ["low_vram"] * args.low_vram
+            + ["literal"] * args.literal
+        )
         given += ["method"] * (args.method != "ddim") + ["fixed_point"] * bool(args.fixed_point)
         if given:
             option = given[0].replace("_", "-")
@@ -128,7 +133,8 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     path = path_of(args, net, args.steps)
     skip = args.skip if args.skip is not None else round(SKIPPED[args.method] * args.steps)
     rows, labels = [], []
-    for line in net.loras if session.wanted is None else ():
+    prompts = [args.prompt or "", args.to or "", args.negative or ""]
+    for line in (*net.loras, *cut_off(net, prompts)) if session.wanted is None else ():
         session.say(line)
     for batch in session.batches(len(args.picture)):
         names = [f"{i + 1:04d}.png" for i in batch]
