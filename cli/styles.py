@@ -204,7 +204,7 @@ def pictured(
         x0 = vae.latents(pixels.to(next(vae.parameters()))).float().to(net.device)
     if args.noised:
         return style_reference.noised_outright(x0, seeded([args.seed])(x0), net.schedule, path)
-    prompts = said(args, net, [text])
+    prompts = said(argparse.Namespace(**vars(args) | {"negative": None}), net, [text])  # a picture avoids nothing
     with net.on(unet):
         denoise = denoiser(args, net, unet, prompts, size, style.invert_guidance)
         reached = style_reference.inverted(denoise, x0, net.schedule, path)

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import reference
 from ..kernels.adain import token_stats
 from ..kernels.sources import Seen, Source, Sources, SourcesError, also
 from ..model.ops import TORCH, Ops, Site
 from ..samplers.parameterisation import Denoise
-from .style_aligned import Sharing, Sites, Table, chosen, style_aligned
+from .style_aligned import Sharing, Sites, Table, chosen, dual, style_aligned
 from .style_targets import references
 
 Make = Callable[[list[int], Ops], Denoise]
@@ -92,7 +93,7 @@ class Kept:
             site: Site, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, seen: Seen | None = None
         ) -> Tensor:
             if site.kind == "self" and inside(site):
-                self.attentions[site] = k, v, token_stats(q, k), token_stats(v)[0]
+                self.attentions[site] = k, v, torch.stack([statistics(q), statistics(k)]), statistics(v)
             return ops.attend(site, q, k, v, bias, seen)
 
         def group_norm(site: Site, x: Tensor, w: Tensor, b: Tensor, groups: int, *rest: object) -> Tensor:
@@ -168,9 +169,17 @@ class Kept:
 
 def towards(x: Tensor, stats: Tensor, skip: Tensor) -> Tensor:
     """AdaIN of x (B, H, N, D) to known statistics (2, B, H, D); rows of `skip` stay."""
-    mean, std = token_stats(x)[0]
+    mean, std = statistics(x)
     gain, offset = torch.where(skip[:, None, None], 1, stats[1] / std), torch.where(skip[:, None, None], mean, stats[0])
+    if dual(x):
+        mean, gain, offset = (y[:, :, None] for y in (mean, gain, offset))
+        return (x - mean) * gain + offset
     return torch.ops.diaphane.centred_affine(x, mean, gain, offset)
+
+
+def statistics(x: Tensor) -> Tensor:
+    """Mean and deviation over tokens.  (B, H, N, D) -> (2, B, H, D)."""
+    return torch.stack(reference.token_stats(x)) if dual(x) else token_stats(x)[0]
 
 
 def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:

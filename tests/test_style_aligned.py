@@ -17,7 +17,7 @@ from diaphane.kernels.sources import Seen, Source, Sources, SourcesError
 from diaphane.methods.style_aligned import PRESETS, Sharing, grouped, style_aligned
 from diaphane.methods.style_chunks import chunked
 from diaphane.methods.style_layers import by_level, by_name, layers, plain
-from diaphane.model.ops import TORCH, Ops, Site
+from diaphane.model.ops import JVP, TORCH, Ops, Site
 from diaphane.model.sites import SiteError
 from diaphane.model.unet import SD15, SDXL
 from torch import Tensor
@@ -240,6 +240,21 @@ def test_gradients_reach_the_reference_through_the_targets(sharing: Sharing):
     assert slope[0].abs().max() > 1e-4
     want = (of_target(x + 1e-5 * step) - of_target(x - 1e-5 * step)).item() / 2e-5
     assert (slope * step).sum().item() == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", [None, False, True])
+@pytest.mark.parametrize("sharing", [Sharing(shift=0.5), Sharing(adain_q=False, adain_v=True)])
+def test_forward_mode_derivatives_are_difference_quotients(sharing: Sharing, kept: bool | None):
+    x, along = drawn(2, 4, 8, 8), drawn(2, 4, 8, 8, seed=5)
+
+    def eps(x: Tensor) -> Tensor:
+        if kept is None:
+            return told([0, 1], style_aligned(JVP, [0, 0], sharing), 1.0)(x, at(500, x))
+        return chunked(lambda rows, ops: told(rows, ops, 1.0), [0, 0], sharing, kept=kept, ops=JVP)(x, at(500, x))
+
+    _, slope = torch.func.jvp(eps, (x,), (along,))
+    want = (eps(x + 1e-6 * along) - eps(x - 1e-6 * along)) / 2e-6
+    assert (slope - want).abs().max() < 1e-6 * want.abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)])
