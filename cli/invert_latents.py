@@ -64,12 +64,9 @@ def options(p: argparse.ArgumentParser) -> None:
 def wanted(args: argparse.Namespace) -> bool:
     """Whether the options mean a latent model.  Raises CommandError for options of the other kind."""
     if args.prompt is None and not latents.reads_text(args):
-        given = (
-            [name for name in OWN if getattr(args, name) is not None]
-            + ["low_vram"] * args.low_vram
-            + ["literal"] * args.literal
-        )
-        given += ["method"] * (args.method != "ddim") + ["fixed_point"] * bool(args.fixed_point)
+        given = [name for name in OWN if getattr(args, name) is not None]
+        given += [name for name in ("low_vram", "literal", "fixed_point") if getattr(args, name)]
+        given += ["method"] * (args.method != "ddim")
         if given:
             option = given[0].replace("_", "-")
             raise CommandError(f"--{option} is for models that read text: give --prompt, which may be empty")
