@@ -26,7 +26,12 @@ class Mean:
     count: int = 0
 
     def add(self, more: Tensor) -> None:
-        """Take one more."""
+        """Take one more.  A ValueError is raised for one of another shape."""
+        if more.shape != self.value.shape:
+            raise ValueError(
+                f"layers and calls that see different keys have no mean: {tuple(self.value.shape)} and then "
+                f"{tuple(more.shape)} weights; name sites= that see the same"
+            )
         self.count += 1
         self.value = self.value + (more - self.value) / self.count
 

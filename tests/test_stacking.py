@@ -128,6 +128,12 @@ def test_two_methods_are_the_same_whichever_is_wrapped_around_the_other(unet: UN
             assert not torch.allclose(inside, run(unet, alone(TORCH)), atol=1e-3)
 
 
+def test_maps_of_layers_that_see_different_keys_are_an_error_that_says_what_to_do(unet: UNet):
+    everywhere = SharedMaps([1], N).watching(TORCH)
+    with pytest.raises(ValueError, match="name sites= that see the same"):
+        run(unet, METHODS["subject shared"].active(everywhere))
+
+
 def test_everything_at_once_leaves_the_reference_row_to_itself(unet: UNet):
     refs = style_aligned(
         freeu(METHODS["image prompt"].active(TORCH), CFG, FreeU(1.1, 1.2, 0.6, 0.4)), [0, 0, 0], Sharing(norms=True)
