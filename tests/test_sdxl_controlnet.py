@@ -64,7 +64,7 @@ def close(got: Tensor, want: Tensor, bound: float) -> None:
     assert (got - want).abs().amax() < bound * want.abs().amax()
 
 
-@pytest.mark.parametrize("size", [(4, 8), (9, 13), (10, 7)])
+@pytest.mark.parametrize("size", [(4, 8), (5, 7)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_residuals_and_what_a_unet_makes_of_them_are_diffusers_own(name: str, size: tuple[int, int]):
     torch.manual_seed(13)

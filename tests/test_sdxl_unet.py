@@ -42,8 +42,7 @@ def random_net(cfg: unet.UNetConfig) -> unet.UNet:
 SIZES = {"even": (16, 24), "9x13": (9, 13), "10x7": (10, 7), "1x3": (1, 3)}
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("linear", [True, False], ids=["linear", "convolution"])
+@pytest.mark.parametrize(("linear", "size"), [(False, "even"), *((True, size) for size in SIZES)])
 @pytest.mark.parametrize("name", twins.CONFIGS)
 def test_the_unet_is_diffusers_unet2dconditionmodel(name: str, linear: bool, size: str):
     torch.manual_seed(11)
