@@ -16,9 +16,10 @@ def match(src: Tensor, tgt: Tensor, mask: Tensor | None = None) -> tuple[Tensor,
     and similarity (B, S, N), float32, or float64 of float64.  DIFT's correspondence (Tang et al. 2023, section 3.2), as
     ConsiStory has it (Tewel et al. 2024, section 3.2): 1 - similarity is the distance.
 
-    Of equal rows the first is taken.  A row of zeros has a cosine of 0.  A row outside the mask has -1: an empty mask
-    gives index 0 and similarity -1 everywhere, a distance of 2.  Half precision is multiplied and normalised in
-    float32, which tells rows apart that cosines in half precision would not.
+    Of equal cosines the first row's is taken.  A row of zeros has a cosine of 0, and to a target that is not finite the
+    similarity is NaN.  A row outside the mask has -1: an empty mask gives index 0 and similarity -1 everywhere, a
+    distance of 2.  Half precision is multiplied and normalised in float32, which tells rows apart that cosines in half
+    precision would not.
 
     2 S B N M C FLOP, less where tiles, or on CPU rows, are outside the mask; reads tgt once for every source and src
     once for every block of targets; the N x M cosines never leave the chip (on CPU and elsewhere: 2^21 are held at a
@@ -80,7 +81,7 @@ def unit(x: Tensor) -> Tensor:
 def inverse_norm(x: Tensor) -> Tensor:
     """1 / |row|, and 0 for a row of zeros, in the type in which sums are kept."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x))
-    return torch.where(norm > 0, 1 / norm, 0.0)
+    return torch.where(norm == 0, 0.0, 1 / norm)
 
 
 def _empty(src: Tensor, tgt: Tensor) -> tuple[Tensor, Tensor]:

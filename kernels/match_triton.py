@@ -71,9 +71,10 @@ def match_kernel(
     unit = tl.load(UNIT_T + target.to(tl.int64) * n_t + m, mask=m < n_t, other=0.0)
     none = best == -float("inf")
     value = tl.where(none, -1.0, tl.where(none, 0.0, best) * unit)
+    value = tl.where(unit == unit, value, unit)  # of a target that is NaN
     to = (target.to(tl.int64) * tl.num_programs(1) + source) * n_t + m
     tl.store(INDEX + to, tl.where(value > -1.0, index, 0).to(tl.int64), mask=m < n_t)
-    tl.store(VALUE + to, tl.maximum(value, -1.0), mask=m < n_t)
+    tl.store(VALUE + to, tl.where(value < -1.0, -1.0, value), mask=m < n_t)
 
 
 INTERPRETED = not isinstance(match_kernel, triton.JITFunction)

@@ -62,6 +62,10 @@ def main() -> None:
     q = torch.randn(1, 1, 5, 16)
     outside = masked_maps.token_maps(q, q, torch.tensor([0, 5, -2, -1]))[0].isnan().any(0).tolist()
     print(json.dumps({"case": "outside", "type": "fp32", "errors": outside}))
+    tgt = torch.randn(1, 4, 16)
+    tgt[0, 1, 0], tgt[0, 3, 2] = float("nan"), float("inf")
+    shows = match.match(q[0], tgt)[1][0, 0].isnan().tolist()
+    print(json.dumps({"case": "not finite", "type": "fp32", "errors": shows}))
     print(json.dumps({"case": "launches", "type": "fp32", "errors": sorted(launched)}))
 
 

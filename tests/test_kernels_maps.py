@@ -93,6 +93,15 @@ def test_an_empty_mask_matches_at_a_distance_of_two():
     assert torch.equal(1 - similarity, torch.full((2, 1, 4), 2.0))
 
 
+def test_a_target_that_is_not_finite_shows_and_the_others_are_as_they_were():
+    src, tgt = torch.randn(1, 5, 3), torch.randn(1, 4, 3)
+    broken = tgt.clone()
+    broken[0, 1, 0], broken[0, 3, 2] = float("nan"), float("inf")
+    similarity, whole = match.match(src, broken)[1][0, 0], match.match(src, tgt)[1][0, 0]
+    assert similarity.isnan().tolist() == [False, True, False, True]
+    assert torch.equal(similarity[::2], whole[::2])
+
+
 def test_cosines_that_half_precision_would_round_to_the_same_are_told_apart():
     src = torch.tensor([[[1.0, 0.021], [1.0, 0.020]]]).half()
     index, _ = match.match(src, torch.tensor([[[1.0, 0.0]]]).half())
@@ -231,3 +240,4 @@ def test_every_kernel_was_launched_and_a_token_that_is_no_key_shows(interpreted)
     kernels = ["compact_kernel", "gather_kernel", "maps_kernel", "maps_keys_kernel", "maps_queries_kernel"]
     assert interpreted["launches", "fp32"] == [*kernels, "match_kernel", "scatter_kernel"]
     assert interpreted["outside", "fp32"] == [False, True, True, False]
+    assert interpreted["not finite", "fp32"] == [False, True, False, True]
