@@ -16,7 +16,7 @@ from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
 from . import generate, latents, options, styles
-from .draw import said, walk_of
+from .draw import cut_off, said, walk_of
 from .errors import CommandError
 from .images import to_picture
 from .session import Made, Session, produce
@@ -122,10 +122,11 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     texts = [text for text in generate.prompts(args, session) for _ in range(args.n)]
     size, style = generate.sizes(args, net), styles.style_of(args, net, bool(args.reference))
     views, small = grid(args, net, size)
-    for line in net.loras if session.wanted is None else ():
+    told = [*texts, args.negative or "", *(args.styles or ()), *(args.reference_prompt or ())]
+    for line in (*net.loras, *cut_off(net, told)) if session.wanted is None else ():
         session.say(line)
     about, references = referred(args, session, net, style, small)
-    told = argparse.Namespace(**vars(args) | {"guidance": style.guidance, "init": None})
+    words_of = argparse.Namespace(**vars(args) | {"guidance": style.guidance, "init": None})
     drawn: list[Image.Image] = []
     if references is not None:
         with net.on(net.parts.vae):
@@ -141,7 +142,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
             x = walked(args, session, net, style, text, i, size, small, views, about, references)
             with net.on(net.parts.vae):
                 drawn.append(to_picture(decoded(args, net, x)))
-            words = generate.parameters(told, net, text, args.seed + i, size)
+            words = generate.parameters(words_of, net, text, args.seed + i, size)
             yield session.made(name, drawn[-1], seed=args.seed + i, prompt=text, parameters=words)
         else:
             drawn.append(kept)

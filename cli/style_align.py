@@ -16,7 +16,7 @@ from ..methods.style_targets import TargetControl
 from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from . import generate, latents, options, styles
-from .draw import picture, said, walk_of
+from .draw import cut_off, picture, said, walk_of
 from .errors import CommandError
 from .images import to_picture
 from .session import Made, Session, produce
@@ -149,7 +149,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     """The reference and the targets, then a sheet of all of them."""
     net: Any = session.net
     plan = planned(args, session, net)
-    for line in net.loras if session.wanted is None else ():
+    for line in (*net.loras, *cut_off(net, [*plan.texts, args.negative or ""])) if session.wanted is None else ():
         session.say(line)
     drawn: list[Image.Image] = []
     told = argparse.Namespace(**vars(args) | {"guidance": plan.style.guidance, "init": None})

@@ -179,6 +179,11 @@ def test_a_lora_for_targets_is_not_for_the_reference(tmp_path: Path, capsys: pyt
     assert record(names[0])["weights"]["sha256"] != record(names[1])["weights"]["sha256"]
 
 
+def test_a_style_that_no_tower_reads_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    said = align(capsys, tmp_path / "o", "a cat", "a dog", "--style", "ink " * 90)
+    assert said.count("are cut off: ink ink") == 2
+
+
 def test_a_set_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "lines.txt").write_text("a\n\nb\nc\n")
     words = ("--prompts", tmp_path / "lines.txt", "--batch", 1)
