@@ -18,6 +18,7 @@ from ..samplers.parameterisation import Denoise, Prediction
 from ..samplers.schedule import Schedule
 from .errors import CommandError
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 METHODS = ("ddim", "edit-friendly", "null-text")
 
 
@@ -70,14 +71,15 @@ def unpacked(data: bytes, name: str) -> tuple[Trajectory, dict[str, Any]]:
     try:
         tensors = load(data)
         about = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["diaphane"])
-        xs, path = tensors["trajectory"], tensors["timesteps"].tolist()
+        xs, path = tensors["trajectory"], tensors["timesteps"].double().flatten().tolist()
         method, eta = about["method"], float(about["eta"])
-    except (SafetensorError, KeyError, ValueError, TypeError, UnicodeDecodeError) as e:
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as e:
         raise CommandError(f"{name} is no trajectory: diaphane invert --model FOLDER writes one ({e})") from e
     found = Trajectory(method, path, xs, tensors.get("noise"), tensors.get("null_text"), eta)
     n, falls = len(path) - 1, all(s < t for t, s in pairwise(path))
-    whole = xs.is_floating_point() and xs.ndim == 5 and len(xs) == n + 1 and n >= 1 and falls and method in METHODS
-    fits = (found.zs is None or found.zs.shape == xs[1:].shape) and (found.zs is not None) == (eta > 0)
+    kinds = {t.dtype for t in (xs, found.zs, found.nulls) if t is not None} <= FLOATS
+    whole = kinds and xs.ndim == 5 and len(xs) == n + 1 and n >= 1 and falls and method in METHODS
+    fits = (found.zs is None or found.zs.shape == xs[1:].shape) and (found.zs is not None) == (0 < eta <= 1)
     if not whole or not fits or (found.nulls is not None and found.nulls.shape[:2] != xs[1:].shape[:2]):
         raise CommandError(f"{name} is not whole: its tensors do not belong to one walk")
     if not all(bool(t.isfinite().all()) for t in (xs, found.zs, found.nulls) if t is not None):
