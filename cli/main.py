@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -55,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse("", f"there is no command {name!r}: it is one of {', '.join(COMMANDS)}")
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its retries are not the user's errors
     try:
-        return import_module(f".{name.replace('-', '_')}", __package__).run(words[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(line(f"diaphane {name}: {message}"), file=sys.stderr)
+            return import_module(f".{name.replace('-', '_')}", __package__).run(words[1:])
     except KeyboardInterrupt:
         print(f"diaphane {name}: interrupted; what was finished is kept", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
 """`diaphane generate` and `diaphane tokens` on the tiny model: what is drawn, what is recorded, what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from diaphane.samplers.schedule import scaled_linear
 from diaphane.weights import pipeline
 from diaphane.weights.files import write
 from PIL import Image
+from safetensors.torch import load_file
 
 from . import latent_twins as twins
 
@@ -205,6 +207,25 @@ def test_a_file_of_prompts_is_gone_on_with_and_what_is_there_stays(tmp_path: Pat
     code, _, error = run(capsys, "generate", "--model", MODEL, *words, "--resume", "--out", out, "--steps", 3)
     assert code == 2
     assert "made with other settings" in error
+def test_an_autoencoder_that_overflows_float16_unannounced_is_named_in_one_line_and_the_picture_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, weights = tmp_path / "vae", "diffusion_pytorch_model.safetensors"
+    folder.mkdir()
+    config = json.loads((twins.TINY / "vae" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
+    tensors = load_file(twins.TINY / "vae" / weights)
+    for i in range(2):
+        tensors[f"decoder.up_blocks.0.resnets.{i}.conv2.bias"] += 6e4
+    write(folder / weights, tensors)
+    words = ("generate", "a cat", "--model", MODEL, "--size", 64, "--steps", 2, "--vae", folder)
+    code, _, error = run(capsys, *words, "--dtype", "float16", "--out", tmp_path / "half", "--quiet")
+    assert (code, error.count("\n")) == (0, 1)
+    assert re.fullmatch(r"diaphane generate: .* of dec\.2\.1 are not finite in float16.*; float32 is taken\n", error)
+    run(capsys, *words, "--out", tmp_path / "wide", "--quiet")
+    assert np.abs(pixels(tmp_path / "half" / "0001.png") - pixels(tmp_path / "wide" / "0001.png")).mean() < 4
+
+
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(
