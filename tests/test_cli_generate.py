@@ -82,6 +82,24 @@ def test_a_picture_is_what_the_functions_make(tmp_path: Path, capsys: pytest.Cap
     assert np.abs(got - ((want[0] + 1) * 127.5).round().permute(1, 2, 0).numpy()).max() <= 1
 
 
+def test_drawing_needs_neither_diffusers_nor_transformers(tmp_path: Path):
+    code = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("diffusers", "transformers", "peft", "accelerate", "regex"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+from diaphane.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+    words = ("generate", "a cat", "--model", MODEL, "--size", "32", "--steps", "1", "--out", str(tmp_path / "o"))
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, cwd=tmp_path)
+    assert (tmp_path / "o" / "0001.png").is_file()
+
+
 def test_pictures_have_their_seeds_records_parameters_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     generate(capsys, tmp_path / "a", "--n", 3, "--seed", 7, "--size", 64)
     generate(capsys, tmp_path / "b", "--seed", 8, "--size", 64)
@@ -189,24 +207,6 @@ def test_low_vram_and_halves_change_nothing_but_the_arithmetic(tmp_path: Path, c
     assert 0 < np.abs(a - c).mean() < 40
 
 
-def test_a_file_of_prompts_is_gone_on_with_and_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    lines, out = tmp_path / "lines.txt", tmp_path / "o"
-    lines.write_text("a cat\n\n  a dog  \na house\n", encoding="utf-8")
-    words = ("--prompts", lines, "--size", 32, "--n", 2)
-    generate(capsys, out, *words, prompt=None)
-    assert [record(out / f"000{i}.png")["prompt"] for i in range(1, 7)] == ["a cat"] * 2 + ["a dog"] * 2 + [
-        "a house"
-    ] * 2
-    (out / "0003.png").unlink()
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
-    was = pixels(out / "0004.png")
-    generate(capsys, out, *words, "--resume", prompt=None)
-    after = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
-    assert {name for name in after if after[name] != before.get(name)} == {"0003.png"}
-    assert (pixels(out / "0004.png") == was).all()
-    code, _, error = run(capsys, "generate", "--model", MODEL, *words, "--resume", "--out", out, "--steps", 3)
-    assert code == 2
-    assert "made with other settings" in error
 def test_an_autoencoder_that_overflows_float16_unannounced_is_named_in_one_line_and_the_picture_is_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -226,6 +226,24 @@ def test_an_autoencoder_that_overflows_float16_unannounced_is_named_in_one_line_
     assert np.abs(pixels(tmp_path / "half" / "0001.png") - pixels(tmp_path / "wide" / "0001.png")).mean() < 4
 
 
+def test_a_file_of_prompts_is_gone_on_with_and_what_is_there_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines, out = tmp_path / "lines.txt", tmp_path / "o"
+    lines.write_text("a cat\n\n  a dog  \na house\n", encoding="utf-8")
+    words = ("--prompts", lines, "--size", 32, "--n", 2)
+    generate(capsys, out, *words, prompt=None)
+    assert [record(out / f"000{i}.png")["prompt"] for i in range(1, 7)] == ["a cat"] * 2 + ["a dog"] * 2 + [
+        "a house"
+    ] * 2
+    (out / "0003.png").unlink()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    was = pixels(out / "0004.png")
+    generate(capsys, out, *words, "--resume", prompt=None)
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob("0*.png")}
+    assert {name for name in after if after[name] != before.get(name)} == {"0003.png"}
+    assert (pixels(out / "0004.png") == was).all()
+    code, _, error = run(capsys, "generate", "--model", MODEL, *words, "--resume", "--out", out, "--steps", 3)
+    assert code == 2
+    assert "made with other settings" in error
 
 
 def test_bad_input_is_one_line_and_nothing_is_written(
