@@ -23,7 +23,7 @@ TABLE = {
     (80, "maps_queries", 64): Config(64, 32, 8, 2),
     (80, "maps_queries", 128): Config(64, 32, 8, 2),
     (80, "maps_keys", 64): Config(64, 32, 8, 2),
-    (80, "maps_keys", 128): Config(64, 32, 8, 2),
+    (80, "maps_keys", 128): Config(64, 32, 4, 2),
 }
 PROGRAMS = 264  # two for each processor of the largest card
 INTERPRETED = not isinstance(maps_kernel, triton.JITFunction)
