@@ -31,6 +31,8 @@ TABLE = {
     (80, "keys", 128): Config(64, 64, 8, 1),
     (80, "keys", 256): Config(64, 16, 8, 1),
 }
+# of sm_80's, where a head does not fill a tile of 128 and masks take registers: nothing is left to load ahead into
+RAGGED = {"forward": Config(128, 32, 8, 1), "queries": Config(128, 16, 8, 1)}
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
 
@@ -154,6 +156,8 @@ def config(kernel: str, q: Tensor) -> Config:
     if INTERPRETED:
         return Config(128, 128, 4, 1)
     arch = architecture(torch.cuda.get_device_capability(q.device))
+    if arch == 80 and kernel in RAGGED and 64 < q.shape[-1] < 128:
+        return RAGGED[kernel]
     return TABLE[arch, kernel, block(q.shape[-1])]
 
 
@@ -162,12 +166,15 @@ def builds(arch: int) -> Iterator[Build]:
     for (table, kernel, wide), how in TABLE.items():
         if table != arch:
             continue
+        head = 160 if wide == 256 else wide  # the wide tile is there for Stable Diffusion 1.5
         for half in ("fp16", "bf16") if wide == 64 else ("fp16",):
             for adain in (False, True) if kernel == "forward" else (None,):
-                yield _build(kernel, half, wide, how, adain)
+                yield _build(kernel, half, head, how, adain)
+    for kernel, how in RAGGED.items() if arch == 80 else ():
+        yield _build(kernel, "fp16", 80, how, True if kernel == "forward" else None)
 
 
-def _build(kernel: str, half: str, wide: int, how: Config, adain: bool | None) -> Build:
+def _build(kernel: str, half: str, head: int, how: Config, adain: bool | None) -> Build:
     function = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}[kernel]
     types, aligned = {}, []
     for name in function.arg_names:
@@ -182,10 +189,10 @@ def _build(kernel: str, half: str, wide: int, how: Config, adain: bool | None) -
         if types[name].startswith("*") or name[-2:] in ("_b", "_h", "_n"):
             aligned.append(name)
     constants: dict = {
-        "D": 160 if wide == 256 else wide,  # the wide tile is there for Stable Diffusion 1.5
+        "D": head,
         "BLOCK_M": how.block_m,
         "BLOCK_N": how.block_n,
-        "BLOCK_D": wide,
+        "BLOCK_D": block(head),
         "STAGES": how.stages,
         "WIDEN": False,
     }
@@ -193,5 +200,5 @@ def _build(kernel: str, half: str, wide: int, how: Config, adain: bool | None) -
         constants["ADAIN"] = adain
     if adain is False:
         constants |= {"STATS": None, "REF": None}
-    label = f"{kernel} {half} {wide}" + (" adain" if adain else "")
+    label = f"{kernel} {half} {head}" + (" adain" if adain else "")
     return Build(label, function, types, constants, tuple(aligned), how.warps, how.stages, True)
