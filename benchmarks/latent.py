@@ -173,7 +173,7 @@ def inlined(net: UNet) -> UNet:
 
     def attention(self: Any, x: Tensor, context: Tensor, ops: Any) -> Tensor:
         parts = (self.q(x), self.k(context), self.v(context))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in parts)
+        q, k, v = (y.view(*y.shape[:2], *self.split).transpose(1, 2) for y in parts)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def block(self: Any, x: Tensor, context: Tensor, ops: Any) -> Tensor:

@@ -33,7 +33,7 @@ def group_norm(
     (StyleAligned's code, "share group norm").
     """
     if ref is None:
-        x = F.group_norm(x, groups, weight, bias, eps)
+        x = torch.group_norm(x, groups, weight, bias, eps)
     else:
         both = torch.cat([x.flatten(2), x[ref.long()].flatten(2)], dim=2)
         x = F.group_norm(both, groups, weight, bias, eps)[..., : x[0, 0].numel()].view(x.shape)

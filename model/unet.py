@@ -79,14 +79,14 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int, site: Site):
         super().__init__()
-        self.heads, self.site = heads, site
+        self.split, self.site = (heads, dim // heads), site
         self.q = nn.Linear(dim, dim, bias=False)
         self.k, self.v = (nn.Linear(context_dim, dim, bias=False) for _ in range(2))
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor, ops: Ops) -> Tensor:  # (B, N, C), (B, M, D) -> (B, N, C)
         parts = (self.q(x), self.k(context), self.v(context))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in parts)
+        q, k, v = (y.view(*y.shape[:2], *self.split).transpose(1, 2) for y in parts)
         return self.out(ops.attend(self.site, q, k, v).transpose(1, 2).flatten(2))
 
 
