@@ -1,5 +1,6 @@
 """Which self-attentions of a UNet share with the reference: by name, or by the published rule of StyleAligned."""
 
+import math
 from collections.abc import Iterable
 
 from ..model.ops import Site
@@ -30,7 +31,10 @@ def plain(total: int, share: float) -> list[int]:
     most = share > 0.5
     few = int((1 - share if most else share) * total)
     if few == 0:
-        raise ValueError(f"a share of {share:g} is less than one of {total} layers: 0, 1, or {1.01 / total:.2g} apart")
+        least = math.ceil(1000 / total) / 1000
+        raise ValueError(
+            f"a share of {share:g} is less than one of {total} layers: give 0, {least:g} ... {1 - least:g}, or 1"
+        )
     every = total // few
     return [i for i in range(total) if (i % every == 0) != most]
 

@@ -195,6 +195,9 @@ def test_the_level_rule_is_coarse_and_has_no_answer_below_one_layer():
     for share in (0.01, 0.995, -0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="share"):
             plain(70, share)
+    assert len(plain(70, 0.015)) == 1
+    with pytest.raises(ValueError, match=r"give 0, 0.015 ... 0.985, or 1"):
+        plain(70, 0.01)
 
 
 def test_layers_go_by_any_of_three_names():
@@ -210,10 +213,10 @@ def test_layers_go_by_any_of_three_names():
             by_name(SDXL, [name])
 
 
-@pytest.mark.parametrize("sharing", [Sharing(norms=True, shift=0.5, adain_v=True), Sharing(all_see_all=True)])
-def test_a_step_is_one_graph_for_all_timesteps(sharing: Sharing):
+def test_a_step_is_one_graph_for_all_timesteps():
     torch._dynamo.reset()
     unet, counter = net(torch.float32), torch._dynamo.testing.CompileCounter()
+    sharing = Sharing(norms=True, shift=0.5, adain_v=True)
     ops = style_aligned(TORCH, [0, 0, 0], sharing, sites=by_name(CFG, ["mid", "dec.0"]))
     positive, _ = prompts(6, torch.float32)
 

@@ -1,6 +1,9 @@
 """Pictures as references, what is for targets only, panoramas, and attention maps."""
 
+import json
 import re
+import shutil
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +16,7 @@ from diaphane.kernels.sources import Seen, shared
 from diaphane.methods import style_reference as sr
 from diaphane.methods.attention_maps import SharedMaps, WordMaps, colours, grid, picture, principal
 from diaphane.methods.controlnet import Control
+from diaphane.methods.freeu import FreeU, freeu
 from diaphane.methods.lora import beside
 from diaphane.methods.multidiffusion import Batch, View, multidiffusion, nearest, spread, windows
 from diaphane.methods.style_aligned import Sharing, style_aligned
@@ -29,9 +33,12 @@ from diaphane.samplers.inversion import last
 from diaphane.samplers.noise import seeded
 from diaphane.samplers.parameterisation import Denoise
 from diaphane.samplers.path import leading
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from . import golden_stylealigned
 from .golden_latent import TINY
+from .golden_reader import Folder
 from .style_world import CFG, F64, SCHEDULE, at, drawn, net, prompts, told
 
 PATH = leading(6, offset=1)
@@ -339,3 +346,52 @@ def test_the_example_of_the_docs_draws_a_set():
     names: dict[str, Any] = {}
     exec(said, names)
     assert names["drawn"].shape == (3, 3, 64, 64)
+
+
+def found_wrong(root: Path) -> list[str]:
+    """The names of the cases of a folder of reference data that fail."""
+    wrong = []
+    for case in golden_stylealigned.cases(Folder(root)):
+        try:
+            if not case.skip:
+                case.check()
+        except AssertionError:
+            wrong.append(case.name)
+    return wrong
+
+
+def test_the_golden_runner_fails_by_name_for_what_it_does_not_know(tmp_path: Path):
+    stem, golden = "attn_default", TINY.parent / "stylealigned"
+
+    def told(name: str, change: Callable[[dict], object]):
+        said = json.loads((golden / f"{stem}.json").read_text())
+        change(said)
+        (tmp_path / f"{name}.json").write_text(json.dumps(said))
+        shutil.copy(golden / f"{stem}.safetensors", tmp_path / f"{name}.safetensors")
+
+    told("another_name", lambda said: None)
+    assert found_wrong(tmp_path) == []
+    told("setting", lambda said: said["settings"]["style_aligned"].update(sharpness=1))
+    told("key", lambda said: said.update(weather=1))
+    told("flag", lambda said: said["settings"]["style_aligned"].update(adain_values=True))
+    told("weights", lambda said: said["weights"].update(sha256="0"))
+    assert found_wrong(tmp_path) == ["flag", "key", "setting", "weights"]
+    told("kind", lambda said: said.update(kind="watercolour"))
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "weights.safetensors").unlink()
+    tensors = load_file(tmp_path / "another_name.safetensors")
+    save_file(tensors | {"out.more": tensors["out.q"].clone()}, tmp_path / "another_name.safetensors")
+    wrong = set(found_wrong(tmp_path))
+    assert {"unknown file kind.json of kind watercolour", "unknown file kind.safetensors of kind watercolour"} <= wrong
+    assert {"unknown file notes.txt", "another_name"} <= wrong
+    assert "weights" not in wrong
+
+
+def test_what_changes_other_verbs_goes_with_it_in_either_order():
+    x, factors = drawn(3, 4, 8, 8), FreeU(1.2, 1.4, 0.9, 0.2)
+    one = freeu(style_aligned(TORCH, [0, 0, 0]), CFG, factors)
+    two = style_aligned(freeu(TORCH, CFG, factors), [0, 0, 0])
+    got = told([0, 1, 2], one)(x, at(500, x))
+    assert torch.equal(got, told([0, 1, 2], two)(x, at(500, x)))
+    alone = told([0], freeu(TORCH, CFG, factors))(x[:1], at(500, x[:1]))
+    assert (got[:1] - alone).abs().max() < 1e-9
