@@ -93,7 +93,8 @@ def whole_kernel(
         p = tile % tl.cdiv(P, BLOCK_P) * BLOCK_P + tl.arange(0, BLOCK_P)
         weight = tl.load(W + g * CG + c, mask=c < CG, other=0.0).to(tl.float32) * rstd
         bias = tl.load(BIAS + g * CG + c, mask=c < CG, other=0.0).to(tl.float32)
-        within, inside = _place(c, p, CG, P, False)
+        within = c[:, None] * P + p[None, :]
+        inside = (c < CG)[:, None] & (p < P)[None, :]
         x = tl.load(base + within, mask=inside, other=0.0).to(tl.float32)
         y = (x - mean) * weight[:, None] + bias[:, None]
         if SILU:
