@@ -94,15 +94,13 @@ def prepared(
         scene["hint"] = (picture(session, args.control, size) + 1) / 2
     if not args.init:
         return scene
-    init, vae = picture(session, args.init, size), net.parts.vae
-    with net.on(vae):
-        kind = next(vae.parameters())
-        scene["x0"] = vae.latents(init.to(kind)).float()
-        if args.mask:
-            mask = images.filled(images.decoded(session.read(args.mask), args.mask), size)
-            scene["mask"] = (images.to_mask(mask)[None] >= 0.5).float().to(kind.device)
-            masked = t2i.covered(init.to(kind.device), scene["mask"])
-            scene["canvas"] = t2i.canvas(scene["mask"], vae.latents(masked.to(kind)).float())
+    init = picture(session, args.init, size)
+    scene["x0"] = net.encoded(init).float()
+    if args.mask:
+        mask = images.filled(images.decoded(session.read(args.mask), args.mask), size)
+        scene["mask"] = (images.to_mask(mask)[None] >= 0.5).float()
+        masked = net.encoded(t2i.covered(init, scene["mask"])).float()
+        scene["canvas"] = t2i.canvas(scene["mask"].to(masked), masked)
     return {name: value.to(net.device) for name, value in scene.items()}
 
 
@@ -117,9 +115,7 @@ def draw(
     around: Around = alone,
 ) -> Tensor:
     """One batch of pictures, (B, 3, H, W) in [-1, 1]."""
-    x = walked(args, session, net, texts, rows, size, scene, around)
-    with net.on(net.parts.vae):
-        return t2i.pictures(net.parts.vae, x)
+    return net.pictures(walked(args, session, net, texts, rows, size, scene, around))
 
 
 def walked(

@@ -29,7 +29,8 @@ from .trajectory import METHODS, Trajectory, packed
 
 GUIDANCE = {"ddim": 1.0, "edit-friendly": 3.5, "null-text": 7.5}
 SKIPPED = {"ddim": 0.0, "edit-friendly": 0.36, "null-text": 0.0}  # of the steps, with another text
-OWN = ("negative", "guidance", "to", "to_guidance", "skip", "size", "variant", "tokenizer", "vae", "lora", "prediction")
+OWN = ("negative", "guidance", "to", "to_guidance", "skip", "size", "variant", "tokenizer", "vae", "lora", "prediction",
+       "tile")  # fmt: skip
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -58,6 +59,7 @@ def options(p: argparse.ArgumentParser) -> None:
     text.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
     text.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, and how much of each")
     text.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
+    latents.tiling(text)
     text.add_argument("--low-vram", action="store_true", help="each part is on the device while it works only")
 
 
@@ -202,18 +204,14 @@ def guidance(args: argparse.Namespace) -> float:
 
 def encoded(net: latents.Loaded, pictures: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Latents (B, 4, H / 8, W / 8) in float32 at least, and what the autoencoder alone makes of the pictures."""
-    vae = net.parts.vae
-    with net.on(vae):
-        kind = next(vae.parameters())
-        x0 = torch.cat([vae.latents(one.to(kind)) for one in pictures.split(1)])
-        x0 = x0.to(net.device, torch.float64 if dtype == "float64" else torch.float32)
-        return x0, t2i.pictures(vae, x0).cpu()
+    x0 = torch.cat([net.encoded(one) for one in pictures.split(1)])
+    x0 = x0.to(torch.float64 if dtype == "float64" else torch.float32)
+    return x0, decoded(net, x0)
 
 
 def decoded(net: latents.Loaded, x: Tensor) -> Tensor:
     """Latents -> pictures, on the CPU."""
-    with net.on(net.parts.vae):
-        return t2i.pictures(net.parts.vae, x).cpu()
+    return net.pictures(x).cpu()
 
 
 def texts(net: latents.Loaded, prompt: str, negative: str | None, n: int) -> tuple[Prompt, Prompt]:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..methods import text_to_image as t2i
 from ..methods.lora import with_lora
 from ..model import latent as model_latent
 from ..model.components import Components, components, placed
 from ..model.controlnet import ControlNet
+from ..model.tiling import tiles
 from ..samplers import schedule as schedules
 from ..samplers.schedule import Schedule, rescale_zero_terminal_snr
 from ..weights import lora as weights_lora
@@ -24,6 +26,9 @@ from ..weights.conventions import Conventions
 from ..weights.files import sha256
 from .errors import CommandError
 from .network import device_of
+from .options import whole
+
+OVERLAP = 0.25  # of a tile's side
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,27 @@ class Loaded:
     device: torch.device
     low: bool  # parts stay on the CPU between uses
     loras: tuple[str, ...]  # a line about each
+    tile: int | None  # the autoencoder works in squares of so many pixels
 
     def on(self, *networks: nn.Module | None) -> AbstractContextManager[None]:
         """The networks on the device meanwhile."""
         return placed(self.device, *(net for net in networks if net is not None)) if self.low else nullcontext()
+
+    def pictures(self, x: Tensor) -> Tensor:
+        """Latents -> pictures (B, 3, H, W) in [-1, 1], float32."""
+        with self.on(self.parts.vae):
+            return t2i.pictures(self.parts.vae, x, tile=None if self.tile is None else self.tile // self.parts.factor)
+
+    def encoded(self, pictures: Tensor) -> Tensor:
+        """Pictures -> latents, float32 at least, on the device."""
+        vae = self.parts.vae
+        with self.on(vae):
+            x = pictures.to(next(vae.parameters()))
+            if self.tile is None:
+                found = vae.latents(x)
+            else:
+                found = tiles(vae.latents, x, self.tile, self.tile // self.parts.factor, OVERLAP)
+        return found.to(self.device, torch.promote_types(found.dtype, torch.float32))
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -60,6 +82,21 @@ def options(p: argparse.ArgumentParser) -> None:
                      "much of each (default: 1)")  # fmt: skip
     net.add_argument("--control-model", help="a ControlNet's file or folder, for --control")
     net.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
+    tiling(net)
+
+
+def tiling(p: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """The option of pictures that are too large for the autoencoder."""
+    p.add_argument("--tile", type=tile, metavar="N", help="the autoencoder works in overlapping squares of N pixels, a "
+                   "multiple of 32: less memory, nearly the same picture (default: whole)")  # fmt: skip
+
+
+def tile(text: str) -> int:
+    """A side of tiles: their overlap, a quarter, is whole in latents."""
+    side = whole(32, 8192)(text)
+    if side % 32:
+        raise argparse.ArgumentTypeError(f"{side} is no multiple of 32")
+    return side
 
 
 def reads_text(args: argparse.Namespace) -> bool:
@@ -97,25 +134,25 @@ def found(args: argparse.Namespace) -> pipeline.Pipeline:
 
 def loaded(args: argparse.Namespace) -> Loaded:
     """The model that the options name, in evaluation mode and without gradients."""
-    whole = found(args)
+    files = found(args)
     device = device_of(args.device)
     name = args.dtype if args.dtype != "auto" else "float32" if device.type == "cpu" else "float16"
     dtype = getattr(torch, name)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if lost := [name for name in whole.texts if name not in whole.words]:
-        rows = whole.parts[lost[0]].config["vocabulary"]
+    if lost := [name for name in files.texts if name not in files.words]:
+        rows = files.parts[lost[0]].config["vocabulary"]
         raise CommandError(f"{args.model} came without a vocabulary for {lost[0]}, which has {rows} tokens, not the "
                            "49408 of CLIP: give --tokenizer, a folder with vocab.json and merges.txt")  # fmt: skip
     at = torch.device("cpu") if args.low_vram else device
     literal = getattr(args, "literal", False)  # which not every command asks for
-    parts = components(whole.parts, whole.words, dtype=dtype, device=at, cut_pad=not literal)
-    paths, lines = {part: net.paths for part, net in whole.parts.items()}, []
-    for text, words in whole.words.items():
+    parts = components(files.parts, files.words, dtype=dtype, device=at, cut_pad=not literal)
+    paths, lines = {part: net.paths for part, net in files.parts.items()}, []
+    for text, words in files.words.items():
         paths[f"tokeniser of {text}"] = tuple(path for path in (words.vocabulary, words.merges) if path)
     for text in args.lora or ():
         source, weight = weighted(text)
-        lora = weights_lora.load(source, whole.parts)
+        lora = weights_lora.load(source, files.parts)
         parts = with_lora(parts, lora.factors, weight)
         paths[f"lora {text}"] = lora.paths
         counts = ", ".join(f"{len(rows)} of {part}" for part, rows in lora.factors.items())
@@ -123,15 +160,15 @@ def loaded(args: argparse.Namespace) -> Loaded:
     control = None
     if args.control_model:
         net = weights_control(args.control_model)
-        if net.config["context_dim"] != whole.parts["unet"].config["context_dim"]:
-            reads = whole.parts["unet"].config["context_dim"]
+        if net.config["context_dim"] != files.parts["unet"].config["context_dim"]:
+            reads = files.parts["unet"].config["context_dim"]
             width = net.config["context_dim"]
             raise CommandError(f"{args.control_model} reads text tokens of {width}, the model's are {reads}: "
                                "it is for another model")  # fmt: skip
         control = model_latent.build(net.family, net.config, net.tensors, dtype=dtype, device=at)
         paths["controlnet"] = net.paths
-    return Loaded(parts, control, whole.says, schedule_of(whole.says), record(args.model, paths, name), device,
-                  args.low_vram, tuple(lines))  # fmt: skip
+    return Loaded(parts, control, files.says, schedule_of(files.says), record(args.model, paths, name), device,
+                  args.low_vram, tuple(lines), getattr(args, "tile", None))  # fmt: skip
 
 
 def weights_control(source: str) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from ..methods import text_to_image as t2i
 from ..methods.attention_maps import colours, picture
 from ..methods.inside import Inside
 from ..methods.probe import spread
@@ -108,8 +107,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
 
     told = argparse.Namespace(**vars(args) | {"init": None, "mask": None, "control_scale": 1.0})
     x = walked(told, session, net, args.prompt, range(n), size, {}, around)
-    with net.on(net.parts.vae):
-        drawn = [to_picture(row) for row in t2i.pictures(net.parts.vae, x)]
+    drawn = [to_picture(row) for row in net.pictures(x)]
     for i, (text, one) in enumerate(zip(args.prompt, drawn, strict=True)):
         yield session.made(f"{i + 1:04d}.png", one, seed=args.seed + i, prompt=text)
     sections = [Section("The pictures", "; ".join(args.prompt), sheet([drawn]))]

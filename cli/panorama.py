@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -129,10 +130,9 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     words_of = argparse.Namespace(**vars(args) | {"guidance": style.guidance, "init": None})
     drawn: list[Image.Image] = []
     if references is not None:
-        with net.on(net.parts.vae):
-            for i, row in enumerate(t2i.pictures(net.parts.vae, references.latents[-1]), 1):
-                drawn.append(to_picture(row))
-                yield session.made(f"style-{i}.png", drawn[-1], seed=args.seed + i - 1, prompt=about[i - 1])
+        for i, row in enumerate(net.pictures(references.latents[-1]), 1):
+            drawn.append(to_picture(row))
+            yield session.made(f"style-{i}.png", drawn[-1], seed=args.seed + i - 1, prompt=about[i - 1])
     for i, text in enumerate(texts):
         name = f"{i + 1:04d}.png"
         if not session.wants("sheet.png", name):
@@ -140,8 +140,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
         kept = generate.finished(args, net, (name, text), args.seed + i) if args.resume else None
         if kept is None:
             x = walked(args, session, net, style, text, i, size, small, views, about, references)
-            with net.on(net.parts.vae):
-                drawn.append(to_picture(decoded(args, net, x)))
+            drawn.append(to_picture(decoded(args, net, x)))
             words = generate.parameters(words_of, net, text, args.seed + i, size)
             yield session.made(name, drawn[-1], seed=args.seed + i, prompt=text, parameters=words)
         else:
@@ -185,11 +184,12 @@ def walked(
 def decoded(args: argparse.Namespace, net: latents.Loaded, x: Tensor) -> Tensor:
     """The picture of latents (1, 4, h, w), (3, H, W); in tiles where it is larger than 2048 x 2048."""
     factor, wide = net.parts.factor, x.shape[3]
-    tile = TILE if x[0, 0].numel() > 4 * TILE**2 else None
+    if net.tile is None and x[0, 0].numel() > 4 * TILE**2:
+        net = replace(net, tile=TILE * factor)
     if not args.circular:
-        return t2i.pictures(net.parts.vae, x, tile=tile)[0]
+        return net.pictures(x)[0]
     around = torch.arange(-8, wide + 8, device=x.device) % wide  # so that the ends meet in the picture too
-    return t2i.pictures(net.parts.vae, x.index_select(3, around), tile=tile)[0, :, :, 8 * factor : -8 * factor]
+    return net.pictures(x.index_select(3, around))[0, :, :, 8 * factor : -8 * factor]
 
 
 def run(argv: Sequence[str]) -> int:

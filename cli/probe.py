@@ -10,7 +10,6 @@ from typing import Any, cast
 from PIL import Image
 from torch import Tensor
 
-from ..methods import text_to_image as t2i
 from ..methods.instant_style import instant_style
 from ..methods.probe import Effect, blocks, looking, relative, spread
 from ..methods.scales import Scales, scales
@@ -95,8 +94,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
 
     def drawn(around: Callable[[Callable[[Ops], Denoise], list[float], range], Denoise]) -> tuple[Tensor, Tensor]:
         x = walked(args, session, net, [text], range(1), size, scene, around)
-        with net.on(net.parts.vae):
-            return x, t2i.pictures(net.parts.vae, x)
+        return x, net.pictures(x)
 
     def plain(speaking: Callable[[Ops], Denoise], path: list[float], rows: range) -> Denoise:
         others = {stage: speaks(where, path) for stage, (_, where) in places.items()}

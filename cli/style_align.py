@@ -165,8 +165,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
             drawn += [one for one in kept.values() if one]
             continue
         x = walked(args, session, net, plan, rows)
-        with net.on(net.parts.vae):
-            pictures = t2i.pictures(net.parts.vae, x if start == 1 else x[1:])
+        pictures = net.pictures(x if start == 1 else x[1:])
         for i, row in zip(mine, pictures, strict=True):
             drawn.append(kept[i] or to_picture(row))
             if kept[i] is None:

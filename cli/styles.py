@@ -199,9 +199,7 @@ def pictured(
     size: tuple[int, int],
 ) -> Tensor:
     """The trajectory of a reference picture at a size in pixels, (n + 1, 1, 4, H / 8, W / 8)."""
-    pixels, vae, unet = picture(session, name, size), net.parts.vae, net.parts.unet
-    with net.on(vae):
-        x0 = vae.latents(pixels.to(next(vae.parameters()))).float().to(net.device)
+    unet, x0 = net.parts.unet, net.encoded(picture(session, name, size)).float()
     if args.noised:
         return style_reference.noised_outright(x0, seeded([args.seed])(x0), net.schedule, path)
     prompts = said(argparse.Namespace(**vars(args) | {"negative": None}), net, [text])  # a picture avoids nothing

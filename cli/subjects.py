@@ -234,8 +234,7 @@ def drawn(
         total = (len(path) - 1) * (2 if story.two else 1)
         for _ in session.progress(story.steps(), total, f"picture {rows[0] + 1} ... {rows[-1] + 1}"):
             pass
-    with net.on(net.parts.vae):
-        pictures = t2i.pictures(net.parts.vae, story.x[real:])
+    pictures = net.pictures(story.x[real:])
     where = places(net.parts.unet.cfg)
     chosen = None if story.plan is None else story.plan.chosen
     sizes = where.sizes((x.shape[2], x.shape[3]))
@@ -247,9 +246,7 @@ def inverted_real(
     args: argparse.Namespace, session: Session, net: Loaded, plan: Plan, path: Sequence[float]
 ) -> tuple[NoiseMaps, tuple[Prompt, Prompt], Tensor]:
     """The real pictures at every timestep, their texts, and where these say the subject."""
-    pixels, vae = torch.cat(plan.real), net.parts.vae
-    with net.on(vae):
-        x0 = vae.latents(pixels.to(next(vae.parameters()))).float().to(net.device)
+    x0 = net.encoded(torch.cat(plan.real)).float()
     texts = [plan.real_text] * len(plan.real)
     prompts = said(args, net, texts)
     ids, other = conditions(net, plan.size, len(texts))

@@ -24,6 +24,7 @@ class Loaded(network.Loaded):
     """Pictures are walked with as latents, h is that of a UNet which one prompt conditions."""
 
     parts: Components
+    latents: latents.Loaded
     plain: Guided  # at guidance 1
 
     @property
@@ -36,11 +37,10 @@ class Loaded(network.Loaded):
         return self.parts.vae.cfg.latent_channels, side, side
 
     def encode(self, pictures: Tensor) -> Tensor:
-        kind = next(self.parts.vae.parameters())
-        return torch.cat([self.parts.vae.latents(one.to(kind)).to(pictures) for one in pictures.split(1)])
+        return torch.cat([self.latents.encoded(one).to(pictures) for one in pictures.split(1)])
 
     def decode(self, x: Tensor) -> Tensor:
-        return t2i.pictures(self.parts.vae, x)
+        return self.latents.pictures(x)
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -56,12 +56,13 @@ def options(p: argparse.ArgumentParser) -> None:
     text.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
     text.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, and how much of each")
     text.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
+    latents.tiling(text)
 
 
 def loaded(args: argparse.Namespace) -> network.Loaded:
     """The network that the options name, of either kind."""
     if args.prompt is None and not latents.reads_text(args):
-        for name in ("negative", "variant", "tokenizer", "vae", "lora", "prediction"):
+        for name in ("negative", "variant", "tokenizer", "vae", "lora", "prediction", "tile"):
             if getattr(args, name):
                 raise CommandError(f"--{name} is for models that read text: give --prompt, which may be empty")
         return network.loaded(args)
@@ -99,5 +100,6 @@ def loaded(args: argparse.Namespace) -> network.Loaded:
         device=found.device,
         dtype=torch.float64 if args.dtype == "float64" else torch.float32,
         parts=parts,
+        latents=found,
         plain=plain,
     )
