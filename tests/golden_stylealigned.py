@@ -5,6 +5,7 @@ or kind that no case takes fails by its name.
 """
 
 import hashlib
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -140,7 +141,8 @@ def unit(case: Case):
         ("group_norm_tf_module", "gn_tf_x", "group_norm_tf"),
     ):
         block, _, leaf = said[key].rpartition(".")
-        norm = unet.get_submodule(f"{sites.place(cfg, block).ours}.{leaf}")
+        norm = unet.get_submodule(f"{sites.place(cfg, block).ours}.{leaf}" if block else "norm_out")
+        assert block or leaf == "conv_norm_out", f"unknown module {said[key]}"
         args = norm.weight, norm.bias, norm.groups, norm.eps, False
         within(case, f"out.{out}", ops.group_norm(norm.site, case.input(f"in.{x}"), *args))
     block, _, leaf = said["layer_norm_module"].rpartition(".")
@@ -210,8 +212,7 @@ def forward(case: Case):
     unet, taps = parts().unet, {}
     with ExitStack() as stack:
         for name in sorted(key.removeprefix("out.tap.") for key in case.claims if key.startswith("out.tap.")):
-            ours = "mid" if name == "mid_block" else sites.place(unet.cfg, name).ours
-            handle = unet.get_submodule(ours).register_forward_hook(
+            handle = unet.get_submodule(module_of(name)).register_forward_hook(
                 lambda module, args, out, name=name: taps.__setitem__(name, out)
             )
             stack.callback(handle.remove)
@@ -219,6 +220,14 @@ def forward(case: Case):
     for name, found in taps.items():
         within(case, f"out.tap.{name}", found)
     within(case, "out.noise_pred", eps)
+
+
+def module_of(name: str) -> str:
+    """Our module whose output is that of one of diffusers', which may be a whole block."""
+    found = re.fullmatch(r"(down|up)_blocks\.\d+", name)
+    if found is None:
+        return "mid" if name == "mid_block" else sites.place(parts().unet.cfg, name).ours
+    return [p for p in sites.places(parts().unet.cfg) if p.diffusers.startswith(f"{name}.")][-1].stage
 
 
 def maps(case: Case):
