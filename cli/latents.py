@@ -69,8 +69,8 @@ class Loaded:
 def options(p: argparse.ArgumentParser) -> None:
     """The options that say which model."""
     net = p.add_argument_group("model")
-    net.add_argument("--model", required=True, help="a single file (.safetensors), a folder of diffusers', or a "
-                     "repository on the Hub")  # fmt: skip
+    net.add_argument("--model", required=True, help="a single file (.safetensors), a folder of diffusers', a "
+                     "repository on the Hub, or a name that `diaphane fetch` lists")  # fmt: skip
     net.add_argument("--file", help="the single file in a folder or repository")
     net.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
     net.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt (default: the model's "
