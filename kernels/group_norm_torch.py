@@ -8,20 +8,30 @@ from torch import Tensor
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, ref: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The output, laid out as x, and the mean and variance of every group, (2, B, G), from one pass of torch's own."""
-    work, like = wide(x), x
-    x, weight, bias = x.to(work).contiguous(), weight.to(work), bias.to(work)  # channels last, torch squares means
-    b, c = x.shape[:2]
-    unit, mean, rstd = torch.native_group_norm(x, None, None, b, c, x[0, 0].numel(), groups, eps)
-    stats = torch.stack([mean, rstd.square().reciprocal() - eps])
-    if ref is None:
-        gain, offset = weight[None], bias[None]
-    else:
-        centre, factor = normalisers(stats, eps, ref)
-        gain = channels(factor / rstd, c) * weight
-        offset = channels((mean - centre) * factor, c) * weight + bias
+    """The output, laid out as x, and the mean and variance of every group, (2, B, G)."""
+    work, like, c = wide(x), x, x.shape[1]
+    x, weight, bias = x.to(work), weight.to(work), bias.to(work)
+    unit, level, size, stats = _centred(x, groups) if channels_last(x) else _normalised(x, groups, eps)
+    centre, factor = normalisers(stats, eps, ref)
+    gain, offset = channels(factor * size, c) * weight, channels((level - centre) * factor, c) * weight + bias
     y = torch.addcmul(spread(offset, x), unit, spread(gain, x))
     return laid_out(F.silu(y, inplace=True) if silu else y, like), stats
+
+
+def _normalised(x: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x as level + size * unit, and its statistics, from one pass of torch's own."""
+    (b, c), eps = x.shape[:2], max(eps, 1e-12)  # an image of one colour may have a reference that is not
+    unit, mean, rstd = torch.native_group_norm(x.contiguous(), None, None, b, c, x[0, 0].numel(), groups, eps)
+    return unit, mean, rstd.reciprocal(), torch.stack([mean, rstd.square().reciprocal() - eps])
+
+
+def _centred(x: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for channels last, of which torch's own squares the mean."""
+    pixels = tuple(range(2, x.ndim))
+    level = x.mean(pixels).unflatten(1, (groups, -1)).mean(-1)
+    unit = x - spread(channels(level, x.shape[1]), x)
+    off, squares = (y.mean(pixels).unflatten(1, (groups, -1)).mean(-1) for y in (unit, unit.square()))
+    return unit, level, torch.ones_like(level), torch.stack([level + off, squares - off.square()])
 
 
 def backward(
@@ -35,33 +45,46 @@ def backward(
     silu: bool,
     ref: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients by x, by the weight and by the bias.
-
-    Torch's own backward is told the statistics that were used, and every image apart; what it takes a group's pixels to
-    have in common is then exchanged for what they have (`slopes`).
-    """
-    work, like = stats.dtype, x
-    b, c, pixels = *x.shape[:2], x[0, 0].numel()
-    g, x, w = g.to(work).contiguous(), x.to(work).contiguous(), weight.to(work)
+    """The gradients by x, by the weight and by the bias."""
+    work, like, c = stats.dtype, x, x.shape[1]
+    last, count = channels_last(x), x[0].numel() // groups
+    g, x, w = g.to(work), x.to(work), weight.to(work)
+    if not last:
+        g, x = g.contiguous(), x.contiguous()
     mean, rstd = normalisers(stats, eps, ref)
     if silu:
         gain = channels(rstd, c) * w
         z = torch.addcmul(spread(bias.to(work) - channels(mean, c) * gain, x), x, spread(gain, x))
         g = torch.ops.aten.silu_backward(g, z)
+    dx, sums, taken = (_plain_sums if last else _own_backward)(g, x, w, mean, rstd)
+    level, slope = slopes(sums, w, stats, eps, ref, count) - taken / count
+    if last or ref is not None:
+        level = level - slope * stats[0] + taken[1] / count * (mean - stats[0])
+        dx = dx + torch.addcmul(spread(channels(level, c), x), x, spread(channels(slope, c), x))
+    return laid_out(dx, like), sums[1].sum(0).to(weight.dtype), sums[0].sum(0).to(bias.dtype)
+
+
+def _own_backward(g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A gradient by x, the sums of `slopes`, and the slopes that it holds already, of torch's own backward.
+
+    It is told the statistics that were used, and every image apart.
+    """
+    b, c, groups, pixels = *x.shape[:2], rstd.shape[1], x[0, 0].numel()
     flat = (1, b * c, pixels)
     dx, weighted, total = torch.ops.aten.native_group_norm_backward(
         g.view(flat), x.view(flat), mean.reshape(1, -1), rstd.reshape(1, -1), w.repeat(b),
         1, b * c, pixels, b * groups, [True, True, True],
     )  # fmt: skip
     sums = torch.stack([total.view(b, c), weighted.view(b, c)])
-    dx = dx.view(x.shape)
-    if ref is not None:
-        count = pixels * (c // groups)
-        (level, slope), (taken_level, taken_slope) = slopes(sums, w, stats, eps, ref, count), parts(sums, w, rstd)
-        slope, level = slope - taken_slope / count, level - taken_level / count
-        level = level - slope * stats[0] + taken_slope / count * (mean - stats[0])
-        dx = dx + torch.addcmul(spread(channels(level, c), x), x, spread(channels(slope, c), x))
-    return laid_out(dx, like), sums[1].sum(0).to(weight.dtype), sums[0].sum(0).to(bias.dtype)
+    return dx.view(x.shape), sums, parts(sums, w, rstd)
+
+
+def _plain_sums(g: Tensor, x: Tensor, w: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same written out, which holds no slopes."""
+    pixels, c = tuple(range(2, x.ndim)), x.shape[1]
+    factor = channels(rstd, c)
+    weighted = (g * (x - spread(channels(mean, c), x))).sum(pixels) * factor
+    return g * spread(factor * w, x), torch.stack([g.sum(pixels), weighted]), torch.zeros_like(rstd).expand(2, -1, -1)
 
 
 def normalisers(stats: Tensor, eps: float, ref: Tensor | None) -> tuple[Tensor, Tensor]:

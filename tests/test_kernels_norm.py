@@ -59,6 +59,16 @@ def test_it_has_the_derivatives_that_differences_show_through_the_reference_too(
     assert torch.autograd.gradcheck(lambda *leaves: group_norm(*leaves, 3, 1e-3, silu, ref), (x, w, b))
 
 
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("kind", [torch.contiguous_format, torch.channels_last])
+def test_an_image_of_one_colour_takes_the_deviation_of_its_reference(eps: float, kind: torch.memory_format):
+    x = torch.randn(2, 8, 5, 4)
+    x[1] = 3.0
+    x, one, ref = x.contiguous(memory_format=kind), torch.ones(8), torch.tensor([0, 0])
+    found, true = (run(x, one, one, 4, eps, True, ref) for run in (group_norm, reference.group_norm))
+    torch.testing.assert_close(found, true, rtol=1e-5, atol=1e-5)
+
+
 def test_a_reference_is_left_alone_and_alone_is_what_torch_does():
     x, (w, b) = torch.randn(3, 8, 5, 4, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
     plain = F.silu(F.group_norm(x, 4, w, b, EPS))
