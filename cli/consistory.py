@@ -8,7 +8,6 @@ from typing import Any
 from PIL import Image
 
 from ..methods.cost import shares
-from ..methods.freeu import PRESETS
 from . import generate, latents, options, subject_sheet, subjects
 from .images import to_picture
 from .session import Made, Session, produce
@@ -51,8 +50,6 @@ def parser() -> options.Parser:
     group.add_argument("--window", type=options.whole(0, 1000), default=20, help="masks are of so many steps, 0 of "
                        "all as in the paper (default: 20)")  # fmt: skip
     group.add_argument("--alpha", type=options.real(0, 1), default=0.8, help="of carried features (default: 0.8)")
-    group.add_argument("--freeu", nargs="+", default=["consistory"], metavar="F", help=f"{', '.join(PRESETS)}, none, "
-                       "or b1 b2 s1 s2 (default: consistory)")  # fmt: skip
     group.add_argument("--without", nargs="+", choices=WITHOUT, help="leave a part of the method out")
     group.add_argument("--simultaneous", action="store_true", help="carry features into all pictures at once, as in "
                        "the paper, not in order, as in the authors' code")  # fmt: skip
@@ -66,7 +63,7 @@ def parser() -> options.Parser:
     group.add_argument("--real-prompt", metavar="TEXT", help="what they show (default: the style and the subject)")
     group.add_argument("--real-guidance", type=options.real(0, 100), default=2.0, help="while they are inverted "
                        "(default: 2)")  # fmt: skip
-    generate.sampling(p, steps=50, sampler="ddim")
+    generate.sampling(p, steps=50, sampler="ddim", freeu="consistory")
     p.add_argument("--control", metavar="PICTURE", help="the hint of --control-model: edges, depth ... as it is")
     p.add_argument("--control-scale", type=options.real(0, 10), default=1.0, help="(default: 1)")
     latents.options(p)

@@ -22,6 +22,7 @@ from ..samplers.noise import Noise, seeded
 from ..samplers.parameterisation import Denoise, noised
 from . import images, latents
 from .errors import CommandError
+from .freed import freed
 from .session import Session
 
 # what a method makes of a batch: of a denoiser that speaks given verbs, the timesteps that run, and which pictures
@@ -151,7 +152,7 @@ def walked(
             return t2i.denoiser(
                 parts.unet, positive, negative, schedule=net.schedule, ids=sizes, negative_ids=other,
                 prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
-                guidance=args.guidance, rescale=args.rescale, controls=controls, ops=ops,
+                guidance=args.guidance, rescale=args.rescale, controls=controls, ops=freed(args, net, ops),
                 canvas=scene["canvas"] if inpaints(net) else None,
             )  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..methods import text_to_image as t2i
-from . import images, latents, options
+from . import freed, images, latents, options
 from .draw import Around, alone, check, cut_off, draw, prepared, strength
 from .errors import CommandError
 from .images import to_picture
@@ -66,7 +66,14 @@ def arguments(p: options.Parser, command: str) -> options.Parser:
     return p
 
 
-def sampling(p: options.Parser, *, steps: int = 30, sampler: str = "euler", guidance: float | None = 5.0) -> None:
+def sampling(
+    p: options.Parser,
+    *,
+    steps: int = 30,
+    sampler: str = "euler",
+    guidance: float | None = 5.0,
+    freeu: str = "none",
+) -> None:
     """The options of a walk; without a `guidance` its default is the command's to find."""
     p.add_argument("--negative", help="what to keep away from (default: nothing, as the model was trained to take it)")
     p.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels, or one number (default: the model's own)")
@@ -79,6 +86,7 @@ def sampling(p: options.Parser, *, steps: int = 30, sampler: str = "euler", guid
     p.add_argument("--rescale", type=options.real(0, 1), default=0.0, help="guidance keeps the spread of the guided "
                    "prediction, 0 ... 1 (Lin et al. 2024; default: 0)")  # fmt: skip
     p.add_argument("--eta", type=options.real(0, 1), default=0.0, help="DDIM's fresh noise, 0 ... 1 (default: 0)")
+    freed.option(p, freeu)
     p.add_argument("--clip-skip", type=options.whole(0, 30), default=0, help="read CLIP so many layers earlier")
 
 

@@ -19,6 +19,7 @@ from ..samplers.parameterisation import Denoise
 from . import generate, latents, options, styles
 from .draw import cut_off, said, walk_of
 from .errors import CommandError
+from .freed import freed
 from .images import to_picture
 from .session import Made, Session, produce
 from .sheet import stacked
@@ -103,7 +104,7 @@ def referred(
         prompts = said(args, net, [text])
         with net.on(net.parts.unet):
             x = t2i.pure_noise(net.parts, noise, size, 1)
-            denoise = styles.denoiser(args, net, net.parts.unet, prompts, size, style.guidance)
+            denoise = styles.denoiser(args, net, net.parts.unet, prompts, size, style.guidance, ops=freed(args, net))
             steps = session.progress(walk(denoise, x, net.schedule, path), len(path) - 1, f"style {i + 1}")
             shown.append(style_reference.drawn(steps, x))
     _, path = walk_of(args, net, seeded([args.seed]))
@@ -172,7 +173,7 @@ def walked(
 
         def make_batch(batch: Batch) -> Denoise:
             prompts = together(*(others[j] for j in batch.references), *(own for _ in batch.views))
-            ops = style.ops(batch.refs, net.device)
+            ops = style.ops(batch.refs, net.device, freed(args, net))
             return styles.denoiser(args, net, net.unet(batch.refs), prompts, small, style.guidance, ops=ops)
 
         denoise = multidiffusion(make_batch, views, batch=args.batch, references=references, assigned=assigned)

@@ -18,6 +18,7 @@ from ..samplers.noise import seeded
 from . import generate, latents, options, styles
 from .draw import cut_off, picture, said, walk_of
 from .errors import CommandError
+from .freed import freed
 from .images import to_picture
 from .session import Made, Session, produce
 from .sheet import grid
@@ -189,8 +190,9 @@ def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan:
         if net.control is not None and plan.hints is not None:
             hint = plan.hints if len(plan.hints) == 1 else plan.hints[[i - 1 for i in rows]]
             controls = [TargetControl(net=net.control, hint=hint, scale=args.control_scale, refs=refs)]
+        ops = plan.style.ops(refs, net.device, freed(args, net))
         denoise = styles.denoiser(args, net, net.unet(refs), prompts, plan.size, plan.style.guidance,
-                                  controls=controls, ops=plan.style.ops(refs, net.device))  # fmt: skip
+                                  controls=controls, ops=ops)  # fmt: skip
         x = t2i.pure_noise(net.parts, noise, plan.size, len(refs))
         if plan.references is None:
             steps = walk(denoise, x, net.schedule, path)

@@ -114,9 +114,9 @@ class Style:
     invert_guidance: float
     offset: int
 
-    def ops(self, refs: Sequence[int], device: torch.device) -> Ops:
+    def ops(self, refs: Sequence[int], device: torch.device, ops: Ops = TORCH) -> Ops:
         """The verbs of a batch."""
-        return style_aligned(TORCH, refs, self.sharing, sites=self.sites, device=device)
+        return style_aligned(ops, refs, self.sharing, sites=self.sites, device=device)
 
 
 def style_of(args: argparse.Namespace, net: Loaded, pictures: bool) -> Style:

@@ -14,20 +14,19 @@ from ..methods import text_to_image as t2i
 from ..methods.anchors import Kept
 from ..methods.consistory import places
 from ..methods.controlnet import Control
-from ..methods.freeu import PRESETS, FreeU, freeu
 from ..methods.prompt import Prompt, beside
 from ..methods.real_subject import beside_real, inverted
 from ..methods.scene import Scene, Settings, by_steps
 from ..methods.story import Story, told
 from ..methods.subject_masks import Seeded
 from ..methods.subject_words import places_of
-from ..model.ops import TORCH
 from ..samplers.edit_friendly import NoiseMaps
 from ..samplers.noise import seeded
 from ..weights.files import opened, sha256, write
 from . import generate, latents
 from .draw import check, inpaints, picture, said, walk_of
 from .errors import CommandError
+from .freed import freed
 from .session import Session
 from .styles import conditions
 from .subject_sheet import Drawn
@@ -68,7 +67,6 @@ class Plan:
     tokens: Tensor  # (B, words)
     size: tuple[int, int]
     settings: Settings
-    factors: FreeU | None
     anchors: int
     kept: Kept | None
     real: list[Tensor]  # (1, 3, H, W) each
@@ -133,7 +131,6 @@ def planned(args: argparse.Namespace, session: Session, net: Loaded) -> Plan:
         tokens,
         size,
         settings,
-        factors_of(args.freeu),
         min(args.anchors, n),
         net.kept,
         [picture(session, name, size) for name in args.real or ()],
@@ -157,22 +154,6 @@ def settings_of(args: argparse.Namespace, path: Sequence[float]) -> Settings:
     if "injection" in (args.without or ()):
         made = replace(made, inject=None)
     return by_steps(made, path) if args.by_steps else made
-
-
-def factors_of(words: Sequence[str]) -> FreeU | None:
-    """FreeU's factors from a preset's name or four numbers.  Raises CommandError for anything else."""
-    if list(words) == ["none"]:
-        return None
-    if len(words) == 1 and words[0] in PRESETS:
-        return PRESETS[words[0]]
-    try:
-        numbers = [float(word) for word in words]
-    except ValueError:
-        numbers = []
-    if len(numbers) != 4 or not all(-100 <= f <= 100 for f in numbers):
-        known = ", ".join(PRESETS)
-        raise CommandError(f"--freeu {' '.join(words)}: it is {known}, none, or four numbers b1 b2 s1 s2")
-    return FreeU(*numbers)
 
 
 def latent_size(net: latents.Loaded, size: tuple[int, int]) -> tuple[int, int]:
@@ -202,7 +183,6 @@ def drawn(
     tokens = plan.tokens[rows]
     _, path = walk_of(args, net, seeded(seeds))
     noise = seeded(seeds)
-    ops = TORCH if plan.factors is None else freeu(TORCH, net.parts.unet.cfg, plan.factors)
     more: dict[str, Any] = {"anchors": kept if kept is not None else min(plan.anchors, n)}
     with net.on(net.parts.unet, net.control):
         x = t2i.pure_noise(net.parts, noise, plan.size, n).to(net.device)
@@ -220,7 +200,7 @@ def drawn(
             unet=net.parts.unet, positive=prompts[0], negative=prompts[1], tokens=tokens.to(net.device),
             schedule=net.schedule, ids=ids, negative_ids=other,
             prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
-            guidance=args.guidance, rescale=args.rescale, controls=controls, ops=ops,
+            guidance=args.guidance, rescale=args.rescale, controls=controls, ops=freed(args, net),
         )  # fmt: skip
 
         def walks() -> t2i.Walk:

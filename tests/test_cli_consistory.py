@@ -104,7 +104,7 @@ def test_the_parts_of_the_method_may_be_left_out(capsys: pytest.CaptureFixture[s
                      "--sampler", "ddim", "--quiet", "--out", tmp_path / "g")  # fmt: skip
     assert code == 0
     assert np.abs(pixels(tmp_path / "a" / "0002.png") - pixels(tmp_path / "g" / "0001.png")).max() <= 1
-    consistory(capsys, tmp_path / "b", "--without", "blending", "--freeu", 1.1, 1.2, 0.6, 0.4, "--early-stop",
+    consistory(capsys, tmp_path / "b", "--without", "blending", "--freeu", "1.1,1.2,0.6,0.4", "--early-stop",
                "--simultaneous", "--window", 0, "--by-steps", "--dropout", 0.7, texts=TEXTS[:2])  # fmt: skip
     assert np.abs(pixels(tmp_path / "b" / "0002.png") - pixels(tmp_path / "a" / "0002.png")).max() > 1
 
@@ -134,8 +134,8 @@ REFUSED: list[tuple[list[object], str]] = [
     (["--subject", "cat", "hat"], "no prompt has the subject's word 'hat'"),
     (["--subject", ""], "the subject is one word or more"),
     (["--anchors", 4], "--anchors 4: there are 3 pictures"),
-    (["--freeu", "sd3"], "--freeu sd3: it is sdxl"),
-    (["--freeu", "1", "2"], "four numbers"),
+    (["--freeu", "sd3"], "'sd3' is none of sdxl, sd15"),
+    (["--freeu", "1,2"], "no b1,b2,s1,s2"),
     (["--eta", 1, "--sampler", "euler"], "--eta is DDIM's"),
     (["--real-prompt", "a cat"], "give --real"),
     (["--real", "nowhere.png"], "nowhere.png"),
