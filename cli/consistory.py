@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from ..methods.cost import shares
-from . import generate, latents, options, subject_sheet, subjects
+from . import generate, image_options, latents, options, subject_sheet, subjects
 from .images import to_picture
 from .session import Made, Session, produce
 
@@ -63,6 +63,7 @@ def parser() -> options.Parser:
     group.add_argument("--real-prompt", metavar="TEXT", help="what they show (default: the style and the subject)")
     group.add_argument("--real-guidance", type=options.real(0, 100), default=2.0, help="while they are inverted "
                        "(default: 2)")  # fmt: skip
+    image_options.options(p, image_options.ADAPTER)
     generate.sampling(p, steps=50, sampler="ddim", freeu="consistory")
     p.add_argument("--control", metavar="PICTURE", help="the hint of --control-model: edges, depth ... as it is")
     p.add_argument("--control-scale", type=options.real(0, 10), default=1.0, help="(default: 1)")
@@ -105,7 +106,8 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     if found and session.wanted is None:
         spent = time.perf_counter() - began
         part = shares(net.parts.unet, subjects.latent_size(net, plan.size))
-        session.say(subject_sheet.report(found, part, args.steps, spent, net.device))
+        steps = None if args.sampler == "heun" else args.steps  # which asks twice a step
+        session.say(subject_sheet.report(found, part, steps, spent, net.device))
     if session.wants("sheet.png"):
         yield session.made("sheet.png", subject_sheet.sheet_of(args, drawn, found))
 

@@ -42,17 +42,17 @@ class Drawn:
         return replace(self, pictures=self.pictures[:0], kept=None)
 
 
-def report(found: Sequence[Drawn], part: Tally, steps: int, seconds: float, device: torch.device) -> str:
-    """Passes of the network, time and peak memory, in a line."""
+def report(found: Sequence[Drawn], part: Tally, steps: int | None, seconds: float, device: torch.device) -> str:
+    """Passes of the network, those of the published schedule of so many steps, time and peak memory, in a line."""
     images = sum(one.images for one in found)
     passes = sum(one.tally.passes(part) * one.images for one in found) / images
-    whole = 2 * (steps + steps // 10 + 1)
+    published = "" if steps is None else f" (published: {2 * (steps + steps // 10 + 1)})"
     if device.type == "cuda":
         peak = float(torch.cuda.max_memory_allocated(device))
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
     return (
-        f"{images} pictures in {passes:.1f} passes each of the UNet (published: {whole}), {seconds:.1f} s, "
+        f"{images} pictures in {passes:.1f} passes each of the UNet{published}, {seconds:.1f} s, "
         f"peak memory {peak / 1e9:.2f} GB"
     )
 

@@ -122,7 +122,7 @@ class Stage:
         if self.calls < len(self.replayed):
             self.calls += 1
             return self.replayed[self.calls - 1]
-        eps = self.denoise(self.pin(x, float(t[0])), t)
+        eps = self.denoise(self.pin(x, self.at(t)), t)
         if self.branch is None:
             self.eps.append(eps)
         self.calls += 1
@@ -130,7 +130,7 @@ class Stage:
 
     def look(self, x: Tensor, t: Tensor) -> None:
         """A call that predicts nothing: the conditional half, up to the last map, or to the feature if it is due."""
-        scene, now = self.cast.scene, float(t[0])
+        scene, now = self.cast.scene, self.at(t)
         embed = conditioning(scene.unet, scene.positive, scene.ids)
         self.leave(now)
         c, heard = embed(t), Heard(keep_pools=self.cast.keep is not None)
@@ -148,6 +148,11 @@ class Stage:
         self.note(heard, told, now, (x.shape[2], x.shape[3]))
         self.calls += 1
 
+    def at(self, t: Tensor) -> float:
+        """The timestep of a call, as the path has it: what comes in is rounded to x's type."""
+        now = float(t[0])
+        return min((float(known) for known in self.cast.path), key=lambda known: abs(known - now))
+
     def pin(self, x: Tensor, now: float) -> Tensor:
         """x with the pictures that are known at this timestep."""
         if self.cast.pinned is None:
@@ -160,9 +165,9 @@ class Stage:
         embed = conditioning(self.cast.scene.unet, prompt, ids)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            c = embed(t)
-            self.leave(float(t[0]))
-            return self.passed(self.deep(prompt, ids, c, x, t), c, x, float(t[0]))
+            c, now = embed(t), self.at(t)
+            self.leave(now)
+            return self.passed(self.deep(prompt, ids, c, x, t), c, x, now)
 
         return predict
 

@@ -15,7 +15,7 @@ from diaphane.methods.consistory import Heard, Told, consistory, others, places
 from diaphane.methods.controlnet import Control
 from diaphane.methods.dift import Plan, matches, plan, smoothed, waves
 from diaphane.methods.freeu import FreeU, freeu
-from diaphane.methods.prompt import beside, conditioning
+from diaphane.methods.prompt import Prompt, beside, conditioning
 from diaphane.methods.scene import SceneError, Settings, anchored, by_steps
 from diaphane.methods.stage import Tally
 from diaphane.methods.subject_masks import Together, dropped, masks
@@ -136,6 +136,15 @@ def test_with_any_sampler_the_second_stage_repeats_the_first_up_to_injection(nam
     assert bool(made.x.isfinite().all())
 
 
+def test_timesteps_between_whole_ones_may_come_in_rounded():
+    path = karras(SCHEDULE, 6)
+    made = story(settings=by_steps(SETTINGS, path), path=path, x=world.noise().float())
+    with torch.no_grad():
+        walked(made)
+    assert made.plan is not None
+    assert made.tally.decoders == 5 + len(path) - 1 - (len(path) - 1) // 10
+
+
 def plain() -> Tensor:
     with torch.no_grad():
         still = replace(SETTINGS, attend=False, inject=None)
@@ -248,6 +257,19 @@ def test_a_controlnet_is_run_once_a_call_and_stacks_with_freeu():
         x = walked(plain)
         assert float((walked(zero) - x).abs().max()) <= 1e-9 * float(x.abs().max())
         assert not torch.allclose(walked(made), x)
+
+
+def test_networks_of_stable_diffusion_1_and_inpainting_go_too():
+    cfg = replace(twins.SD1, in_channels=9)
+    told, text = scene(), world.random(3, 7, cfg.context_dim, seed=1)
+    canvas = world.random(3, 5, *world.SIZE)
+    other = replace(
+        told, unet=world.net(cfg), positive=Prompt(text), negative=Prompt(text * 0), ids=None, canvas=canvas
+    )
+    made = story(scene=other, settings=replace(SETTINGS, early=True, dift=500))
+    with torch.no_grad():
+        assert bool(walked(made).isfinite().all())
+    assert sorted(made.masks[0][-1]) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("more", [{"negative": None}, {"guidance": 1.0}, {"interval": (0, 600)}, {"rescale": 0.5}])
