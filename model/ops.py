@@ -148,5 +148,5 @@ JVP = Ops(softmax_attend, joined_group_norm)  # for torch.func.jvp: fused attent
 
 def triton() -> Ops:
     """`attend`, `group_norm` and `geglu` by Triton on Nvidia devices since Ampere, attention in half precision, to the
-    own keys for heads up to 128 and to others too up to 256; the other verbs, and all of them anywhere else, by torch."""
+    own keys for heads up to 128 and to others too up to 256; the other verbs, and all of them elsewhere, by torch."""
     return Ops(triton_attend, triton_group_norm, gate.geglu)
