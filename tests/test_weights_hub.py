@@ -141,6 +141,21 @@ def test_a_published_checksum_is_held_against_the_file(tmp_path: Path):
         hub.verify(path, "0" * 64)
 
 
+def test_every_file_that_comes_from_the_hub_is_compared_with_its_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import huggingface_hub
+
+    for name, good in ((hashlib.sha256(b"x").hexdigest(), True), ("0" * 64, False), ("0" * 40, True)):
+        (tmp_path / name).write_bytes(b"x")
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, name=name, **__: str(tmp_path / name))
+        if good:
+            assert hub.download("me/parts", "unet/x", None) == tmp_path / name
+        else:
+            with pytest.raises(ChecksumError, match="delete it and fetch it again"):
+                hub.download("me/parts", "unet/x", None)
+
+
 def test_dead_links_and_files_to_be_fetched_by_hand_say_so():
     with pytest.raises(MissingFileError, match=r"is gone from its address: use diffusionclip-celebahq"):
         load("sdedit-celebahq")

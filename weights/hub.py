@@ -18,7 +18,7 @@ def is_repo(name: str) -> bool:
 def fetch(repo: str, files: Sequence[str], *, revision: str | None = None, checksum: str | None = None) -> Path:
     """The first of `files` that a repository has, and its config.json beside it; from the cache where it is there.
 
-    `checksum` is the published sha256.  A file that comes from the network is compared with it, or with the
+    `checksum` is the published sha256.  A file that comes from the network is compared with it, and with the
     digest under which the Hub keeps large files.
     Raises OfflineError, GatedError, NotOnHubError, DiskFullError, ChecksumError.
     """
@@ -36,7 +36,7 @@ def fetch(repo: str, files: Sequence[str], *, revision: str | None = None, check
             continue
         if path is None:
             continue
-        if not cached:
+        if checksum and not cached:
             verify(path, checksum)
         folder = file.rpartition("/")[0]
         download(repo, f"{folder}/config.json" if folder else "config.json", revision)
@@ -73,7 +73,10 @@ def verify(path: Path, checksum: str | None = None) -> None:
 
 
 def download(repo: str, file: str, revision: str | None) -> Path | None:
-    """One file through huggingface_hub, or None if the repository does not have it."""
+    """One file through huggingface_hub, or None if the repository does not have it.
+
+    What comes from the network is compared with the digest under which the Hub keeps large files.
+    """
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -88,7 +91,8 @@ def download(repo: str, file: str, revision: str | None) -> Path | None:
 
     page = f"https://huggingface.co/{repo}"
     try:
-        return Path(hf_hub_download(repo, file, revision=revision))
+        cached = isinstance(try_to_load_from_cache(repo, file, revision=revision), str)
+        path = Path(hf_hub_download(repo, file, revision=revision))
     except GatedRepoError as e:
         raise GatedError(
             f"{repo} is gated: accept its terms at {page}, then log in (hf auth login) or set HF_TOKEN"
@@ -113,6 +117,9 @@ def download(repo: str, file: str, revision: str | None) -> Path | None:
     except Exception as e:  # whatever else its client or the network below it raises
         why = f"{type(e).__name__}: {first_line(e)}"
         raise HubError(f"cannot fetch {file} of {repo} ({why}): try again, or give a local path") from e
+    if not cached:
+        verify(path)
+    return path
 
 
 def first_line(e: Exception) -> str:
