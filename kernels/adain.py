@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import refuse, takes_triton
+from . import reference
+from .device import dual, refuse, takes_triton
 
 
 def token_stats(q: Tensor, k: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -22,6 +23,8 @@ def token_stats(q: Tensor, k: Tensor | None = None, eps: float = 1e-5) -> Tensor
             raise ValueError(f"token_stats takes {name} (B, H, N, D) with N > 0; got {tuple(x.shape)}")
     if k is not None and (k.shape[0], k.shape[1], k.shape[3], k.dtype) != (q.shape[0], q.shape[1], q.shape[3], q.dtype):
         raise ValueError(f"token_stats takes k like q {tuple(q.shape)} {q.dtype}; got {tuple(k.shape)} {k.dtype}")
+    if dual(q, k):
+        return torch.stack([torch.stack(reference.token_stats(x, eps)) for x in (q, k) if x is not None])
     return torch.ops.diaphane.token_stats(q, k, eps)
 
 
@@ -35,6 +38,8 @@ def adain(x: Tensor, ref: Tensor, eps: float = 1e-5) -> Tensor:
     """
     if ref.shape != (x.shape[0],):
         raise ValueError(f"ref has one entry per image, {x.shape[0]}; got {tuple(ref.shape)}")
+    if dual(x):
+        return reference.adain(x, ref, eps)
     mean, std = token_stats(x, eps=eps)[0]
     i = ref.long()
     return torch.ops.diaphane.centred_affine(x, mean, std[i] / std, mean[i])

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 TRITON_INSTALLED = find_spec("triton") is not None
 SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,6 +23,13 @@ def on_nvidia(x: Tensor, dtypes: tuple[torch.dtype, ...] = SINGLE) -> bool:
 def takes_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = SINGLE, widest: int = 256) -> bool:
     """On an Nvidia device since Ampere, in one of the types, and with a head, the last axis, that is no wider."""
     return 0 < x.shape[-1] <= widest and on_nvidia(x, dtypes)
+
+
+def dual(*inputs: Tensor | None) -> bool:
+    """Whether one carries a tangent of `torch.func.jvp`, of which a custom op would know nothing, without a word."""
+    return not torch.compiler.is_compiling() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in inputs if x is not None and x.is_floating_point()
+    )
 
 
 def refuse(op: str, of: str) -> Callable[..., NoReturn]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .device import SINGLE, on_nvidia, refuse
+from .device import SINGLE, dual, on_nvidia, refuse
 
 
 def geglu(x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def geglu(x: Tensor) -> Tensor:
     """
     if x.ndim == 0 or x.shape[-1] % 2:
         raise ValueError(f"geglu takes x (..., 2C); got {tuple(x.shape)}")
-    return torch.ops.diaphane.geglu(x) if takes_kernel(x) else reference.geglu(x)
+    return torch.ops.diaphane.geglu(x) if takes_kernel(x) and not dual(x) else reference.geglu(x)
 
 
 def takes_kernel(x: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import group_norm_torch, reference
-from .device import SINGLE, on_nvidia, refuse
+from .device import SINGLE, dual, on_nvidia, refuse
 from .group_norm_torch import empty, wide
 
 MOST_IMAGES, WIDEST = 65_535, 4096  # of a launch; channels of a group
@@ -36,8 +36,8 @@ def group_norm(
     fit.
     """
     _check(x, weight, bias, groups, ref)
-    if ref is None and not takes_kernel(x, groups):
-        return reference.group_norm(x, weight, bias, groups, eps, silu)
+    if dual(x, weight, bias) or (ref is None and not takes_kernel(x, groups)):
+        return reference.group_norm(x, weight, bias, groups, eps, silu, ref)
     return torch.ops.diaphane.group_norm(x, weight, bias, groups, eps, silu, ref)[0]
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .adain import accumulator, rows, token_major
-from .device import HALF, refuse, takes_triton
+from .device import HALF, dual, refuse, takes_triton
 from .source_attention import WIDEST
 
 MOST = 128  # columns that its kernel holds in registers
@@ -32,7 +32,7 @@ def masked_maps(
     where asking would wait for the device, its map is NaN (or, in the definition, torch's own assertion).
     """
     factor = _checked(q, k, v, tokens, scale)
-    if not _fused(q, tokens):
+    if dual(q, k, v) or not _fused(q, tokens):
         return reference.masked_maps(q, k, v, tokens, factor)
     out, _, maps = torch.ops.diaphane.masked_maps(q, k, v, _each(tokens, q), factor)
     return out, maps
@@ -45,7 +45,7 @@ def token_maps(q: Tensor, k: Tensor, tokens: Tensor, *, scale: float | None = No
     reads q and k once.  ValueError: as `masked_maps`.
     """
     factor = _checked(q, k, k, tokens, scale)
-    if not _fused(q, tokens):
+    if dual(q, k) or not _fused(q, tokens):
         return reference.masked_maps(q, k, k, tokens, factor)[1]
     return torch.ops.diaphane.masked_maps(q, k, None, _each(tokens, q), factor)[2]
 

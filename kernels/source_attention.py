@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import source_attention_torch
+from . import reference, source_attention_torch
 from .adain import token_major, token_stats
-from .device import HALF, refuse, takes_triton
+from .device import HALF, dual, refuse, takes_triton
 from .sources import Sources
 
 WIDEST = 128  # the widest head that a kernel holds in registers, and gains from with no sources to see
@@ -47,6 +47,10 @@ def source_attention(
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     if not factor > 0:
         raise ValueError(f"scale is positive; got {scale}")
+    if dual(q, k, v, *(pool or ()), stats):
+        if stats is not None:
+            raise ValueError("statistics that are given have no forward derivative: leave stats out")
+        return reference.source_attention(q, k, v, sources, pool, ref, factor, eps)
     if ref is not None and stats is None:
         stats = token_stats(q, k, eps)
     pk, pv = (None, None) if pool is None else pool

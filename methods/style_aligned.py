@@ -21,9 +21,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..kernels import reference
 from ..kernels.adain import adain
 from ..kernels.sources import Seen, Sources, SourcesError, also, everyone, shared
 from ..model.ops import Ops, Site
@@ -136,9 +134,9 @@ def style_aligned(
             if altered and seen is not None and seen.sources is not None and seen.pool is None:
                 seen = seen._replace(pool=(k, v))  # another method's sources are what they were before AdaIN
             if not folded:
-                q = aligned(q, mine.ref) if sharing.adain_q else q
-                k = aligned(k, mine.ref) if sharing.adain_k else k
-            v = aligned(v, mine.ref) if sharing.adain_v else v  # eq. 5, of which a reference is a fixed point
+                q = adain(q, mine.ref) if sharing.adain_q else q
+                k = adain(k, mine.ref) if sharing.adain_k else k
+            v = adain(v, mine.ref) if sharing.adain_v else v  # eq. 5, of which a reference is a fixed point
         more = Seen(mine.sources(k.shape[2]) if sharing.sees else None, None, mine.ref if folded else None)
         return ops.attend(site, q, k, v, bias, also(seen, more, k, v))
 
@@ -159,16 +157,6 @@ def style_aligned(
 
     verbs = {"attend": attend} if sharing.attends else {}
     return replace(ops, **(verbs | {"group_norm": group_norm} if sharing.norms else verbs))
-
-
-def aligned(x: Tensor, ref: Tensor) -> Tensor:
-    """AdaIN by its kernel, which has no forward-mode derivative; where one is taken, by its definition."""
-    return reference.adain(x, ref) if dual(x) else adain(x, ref)
-
-
-def dual(x: Tensor) -> bool:
-    """Whether x carries a tangent of `torch.func.jvp`."""
-    return not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None
 
 
 def chosen(sites: Sites | None) -> Callable[[Site], bool]:

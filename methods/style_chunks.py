@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import reference
 from ..kernels.adain import token_stats
+from ..kernels.device import dual
 from ..kernels.sources import Seen, Source, Sources, SourcesError, also
 from ..model.ops import TORCH, Ops, Site
 from ..samplers.parameterisation import Denoise
-from .style_aligned import Sharing, Sites, Table, chosen, dual, style_aligned
+from .style_aligned import Sharing, Sites, Table, chosen, style_aligned
 from .style_targets import references
 
 Make = Callable[[list[int], Ops], Denoise]
@@ -179,7 +179,7 @@ def towards(x: Tensor, stats: Tensor, skip: Tensor) -> Tensor:
 
 def statistics(x: Tensor) -> Tensor:
     """Mean and deviation over tokens.  (B, H, N, D) -> (2, B, H, D)."""
-    return torch.stack(reference.token_stats(x)) if dual(x) else token_stats(x)[0]
+    return token_stats(x)[0]
 
 
 def moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
