@@ -16,7 +16,15 @@ from torch import Tensor
 from . import latent_twins as twins
 
 SMALL = UNetConfig(
-    channels=(8, 16, 24), depth=(0, 1, 1), mid_depth=1, head_dim=8, context_dim=12, pooled_dim=10, id_dim=6, groups=4
+    channels=(8, 16, 24),
+    depth=(0, 1, 1),
+    mid_depth=1,
+    head_dim=8,
+    context_dim=12,
+    pooled_dim=10,
+    id_dim=6,
+    groups=4,
+    blocks=1,
 )
 SCHEDULE, STEPS, SIZE = scaled_linear(), 12, (8, 12)
 PATH = leading(STEPS, offset=1, end=0)

@@ -155,7 +155,7 @@ def test_gradients_flow_through_a_whole_call():
 
 
 def test_a_step_compiles_whole_and_at_most_once_more_when_masks_change():
-    net, compiled = world.net(replace(world.SMALL, blocks=1)), []
+    net, compiled = UNET, []
     where, x, c = places(net.cfg), random(4, 4, *world.SIZE, seed=11), cond()
 
     def backend(graph: Any, inputs: Any) -> Any:
