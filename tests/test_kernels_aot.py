@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,28 @@ STREAMS = {
 }
 
 
-@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
-def builds(request, tmp_path_factory) -> list[dict]:
-    """What the script printed: registers, stack, shared memory and instructions of each configuration."""
-    script = Path(__file__).parent / "aot.py"
-    cache = os.environ.get("TRITON_CACHE_DIR") or str(tmp_path_factory.mktemp("triton"))
+@pytest.fixture(scope="module")
+def compiling(tmp_path_factory) -> Iterator[dict[int, tuple[subprocess.Popen, Path]]]:
+    """The script, for both architectures at a time."""
+    script, folder = Path(__file__).parent / "aot.py", tmp_path_factory.mktemp("triton")
+    cache = os.environ.get("TRITON_CACHE_DIR") or str(folder)
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": cache}
-    ran = subprocess.run(
-        [sys.executable, str(script), str(request.param)], capture_output=True, text=True, env=env, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    return [json.loads(line) for line in ran.stdout.splitlines()]
+    started = {}
+    for arch in (80, 90):
+        with (folder / f"{arch}.out").open("w") as out, (folder / f"{arch}.err").open("w") as err:
+            started[arch] = subprocess.Popen([sys.executable, str(script), str(arch)], stdout=out, stderr=err, env=env)
+    yield {arch: (process, folder / str(arch)) for arch, process in started.items()}
+    for process in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
+def builds(request, compiling) -> list[dict]:
+    """What the script printed: registers, stack, shared memory and instructions of each configuration."""
+    process, printed = compiling[request.param]
+    assert process.wait() == 0, printed.with_suffix(".err").read_text()[-2000:]
+    return [json.loads(line) for line in printed.with_suffix(".out").read_text().splitlines()]
 
 
 def test_every_kernel_is_compiled(builds):
