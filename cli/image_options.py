@@ -10,28 +10,34 @@ from ..model.unet import UNetConfig
 from .errors import CommandError
 from .options import real, whole
 
+ADAPTER, RENAMED = "adapter-", ("scale", "preset", "sites")  # names that StyleAligned has too
+SHOWN = ("style_image", "share", "image_encoder", *RENAMED, "each", "average", "squash", "subtract",
+         "subtract_encoder", "negative_image", "style_mask", "range")  # fmt: skip
 H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-def options(p: argparse.ArgumentParser) -> None:
-    """The options that say which adapters, and what they are shown."""
-    g = p.add_argument_group("image prompt")
-    g.add_argument("--adapter", nargs="+", required=True, metavar="NAME", help="IP-Adapters: files, OWNER/REPO:FILE, "
+def options(p: argparse.ArgumentParser, prefix: str = "") -> None:
+    """The options that say which adapters, and what they are shown.
+
+    With a prefix, before names that other options have, no adapter is needed.
+    """
+    g, needed = p.add_argument_group("image prompt"), not prefix
+    g.add_argument("--adapter", nargs="+", required=needed, metavar="NAME", help="IP-Adapters: files, OWNER/REPO:FILE, "
                    "or names of `diaphane fetch` (ip-adapter_sdxl ...)")  # fmt: skip
-    g.add_argument("--style-image", nargs="+", required=True, metavar="PICTURE", help="what the adapter is shown; with "
-                   "several adapters one each, or as --share says")  # fmt: skip
+    g.add_argument("--style-image", nargs="+", required=needed, metavar="PICTURE", help="what the adapter is shown; "
+                   "with several adapters one each, or as --share says")  # fmt: skip
     g.add_argument(
         "--share", nargs="+", type=whole(1, 10_000), metavar="N", help="how many of the pictures each adapter has"
     )
     g.add_argument("--image-encoder", nargs="+", metavar="NAME", help="CLIP's vision tower for each adapter, or one "
                    "for all: a file, a folder, or a name (default: the published one, from the Hub)")  # fmt: skip
-    g.add_argument("--scale", nargs="+", type=real(-100, 100), default=[1.0], help="how much of each adapter, at the "
-                   "places of --preset or --sites (default: 1)")  # fmt: skip
-    g.add_argument("--preset", nargs="+", choices=PRESETS, help="InstantStyle's blocks, or all as IP-Adapter (one, or "
-                   "one an adapter; default: style)")  # fmt: skip
-    g.add_argument("--sites", nargs="+", metavar="NAME=NUMBER", help="places in place of a preset: dec.1=1 enc.8=0.5, "
-                   "in any spelling; a comma list for pictures with masks; @2 at the end for the second adapter alone; "
-                   "or diffusers' nested form as one word of json for each adapter")  # fmt: skip
+    g.add_argument(f"--{prefix}scale", nargs="+", type=real(-100, 100), default=[1.0], help="how much of each adapter, "
+                   f"at the places of --{prefix}preset or --{prefix}sites (default: 1)")  # fmt: skip
+    g.add_argument(f"--{prefix}preset", nargs="+", choices=PRESETS, help="InstantStyle's blocks, or all as IP-Adapter "
+                   "(one, or one an adapter; default: style)")  # fmt: skip
+    g.add_argument(f"--{prefix}sites", nargs="+", metavar="NAME=NUMBER", help="places in place of a preset: dec.1=1 "
+                   "enc.8=0.5, in any spelling; a comma list for pictures with masks; @2 at the end for the second "
+                   "adapter alone; or diffusers' nested form as one word of json for each adapter")  # fmt: skip
     g.add_argument("--each", action="store_true", help="one picture at a time: what is drawn i-th sees the i-th, over "
                    "and over (default: all of them at once)")  # fmt: skip
     g.add_argument("--average", nargs="*", type=real(-1e3, 1e3), metavar="W", help="several pictures as their mean, "
@@ -48,17 +54,35 @@ def options(p: argparse.ArgumentParser) -> None:
                    "from START to END in 0 ... 1; one pair, or one an adapter (default: 0 1)")  # fmt: skip
 
 
+def own(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of a command that has them with the prefix ADAPTER, as those of one that has them without."""
+    mine = {name: getattr(args, ADAPTER.replace("-", "_") + name) for name in RENAMED}
+    return argparse.Namespace(**vars(args) | mine | {"prefix": ADAPTER})
+
+
+def flag(args: argparse.Namespace, name: str) -> str:
+    """What an option is called."""
+    return f"--{getattr(args, 'prefix', '') if name in RENAMED else ''}{name.replace('_', '-')}"
+
+
 def check(args: argparse.Namespace) -> None:
     """Raises CommandError for options that do not go together, before any file of weights is opened."""
+    if not args.adapter:
+        for name in SHOWN:
+            if getattr(args, name) not in (None, False, [1.0]):
+                raise CommandError(f"{flag(args, name)} is about --adapter: give an adapter too")
+        return
+    if not args.style_image:
+        raise CommandError("--adapter is shown pictures: give --style-image")
     k, n = len(args.adapter), len(args.style_image)
     for name in ("image_encoder", "scale", "preset"):
         if (count := len(getattr(args, name) or [0])) not in (1, k):
-            raise CommandError(f"--{name.replace('_', '-')}: one for all, or one for each of {k} adapters; got {count}")
+            raise CommandError(f"{flag(args, name)}: one for all, or one for each of {k} adapters; got {count}")
     shares = shared(args, k)
     if args.preset and args.sites:
-        raise CommandError("--preset and --sites both say where: give one of them")
+        raise CommandError(f"{flag(args, 'preset')} and {flag(args, 'sites')} both say where: give one of them")
     for i in range(k) if args.sites else ():
-        said(args.sites, i, k)
+        said(args, i, k)
     if args.range:
         pairs(args.range, k)
     if args.style_mask and len(args.style_mask) != n:
@@ -103,35 +127,38 @@ def pairs(numbers: Sequence[float], k: int) -> list[tuple[float, float]]:
 def placed(args: argparse.Namespace, cfg: UNetConfig, i: int, k: int, several: int | None) -> Scales:
     """How much of adapter i of k where: --scale times --preset or --sites; `several`: how many masks it has."""
     if args.sites:
-        found = scales(cfg, said(args.sites, i, k))
+        found = scales(cfg, said(args, i, k))
     else:
         found = scales(cfg, args.preset[min(i, len(args.preset) - 1)] if args.preset else "style")
     much = args.scale[min(i, len(args.scale) - 1)]
     if any(isinstance(v, tuple) and len(v) != several for v in found.values()):
-        raise CommandError("--sites: a list is for pictures with --style-mask, one number for each of the adapter's")
+        raise CommandError(f"{flag(args, 'sites')}: a list is for pictures with --style-mask, one number for each of "
+                           "the adapter's")  # fmt: skip
     return {at: tuple(much * n for n in v) if isinstance(v, tuple) else much * v for at, v in found.items() if much}
 
 
-def said(words: Sequence[str], i: int, k: int) -> Mapping[str, Any] | float:
+def said(args: argparse.Namespace, i: int, k: int) -> Mapping[str, Any] | float:
     """What --sites says of adapter i of k.  Raises CommandError."""
+    words: Sequence[str] = args.sites
+    name_of = flag(args, "sites")
     if any(word.lstrip().startswith(("{", "[")) for word in words):
         if len(words) not in (1, k):
-            raise CommandError(f"--sites: one word of json for all, or one for each of {k} adapters")
+            raise CommandError(f"{name_of}: one word of json for all, or one for each of {k} adapters")
         try:
             value = json.loads(words[min(i, len(words) - 1)])
-        except ValueError as e:
-            raise CommandError(f"--sites: {words[min(i, len(words) - 1)][:60]!r} is not json: {e}") from e
+        except (ValueError, RecursionError) as e:
+            raise CommandError(f"{name_of}: {words[min(i, len(words) - 1)][:60]!r} is not json: {e}") from e
         return value
     found: dict[str, Any] = {}
     for word in words:
         text, at, which = word.partition("@")
         name, equals, number = text.partition("=")
         if not name or (at and (not which.isdecimal() or not 1 <= int(which) <= k)):
-            raise CommandError(f"--sites {word}: it is NAME=NUMBER, with @1 ... @{k} for one adapter")
+            raise CommandError(f"{name_of} {word}: it is NAME=NUMBER, with @1 ... @{k} for one adapter")
         try:
             values = [float(v) for v in number.split(",")] if equals else [1.0]
         except ValueError:
-            raise CommandError(f"--sites {word}: {number!r} is not a number") from None
+            raise CommandError(f"{name_of} {word}: {number!r} is not a number") from None
         if not at or int(which) == i + 1:
             found[name] = values if len(values) > 1 else values[0]
     return found

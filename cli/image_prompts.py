@@ -35,7 +35,7 @@ from ..weights.load import Network, find
 from . import images, latents
 from .draw import Around
 from .errors import CommandError
-from .image_options import H, pairs, placed, shared, weighed
+from .image_options import H, check, pairs, placed, shared, weighed
 from .session import Session
 
 ENCODERS = {1280: "ip-adapter-encoder-bigg", 1024: "ip-adapter-encoder-h"}  # of the catalogue, by what is read
@@ -64,7 +64,12 @@ class Shown:
     steps: tuple[float, float] | None  # fractions of the path
 
     def prompt(
-        self, net: Loaded, size: tuple[int, int], rows: range, path: Sequence[float], strength: Tensor | None = None
+        self,
+        net: Loaded,
+        size: tuple[int, int],
+        rows: Sequence[int],
+        path: Sequence[float],
+        strength: Tensor | None = None,
     ) -> ImagePrompt:
         """For some of the pictures that are drawn, of a size in pixels; `path` is the timesteps that run."""
         at = torch.tensor([i % len(self.pictures.tokens) for i in rows], device=self.pictures.tokens.device)
@@ -77,6 +82,9 @@ class Shown:
 
 def loaded(args: argparse.Namespace) -> Loaded:
     """The model, the adapters and the encoders that the options name, each checked against the others."""
+    check(args)
+    if not args.adapter:
+        return Loaded(**vars(latents.loaded(args)), adapters=(), encoders=(), text=None)
     nets = [ip_adapter.load(source, file=file) for source, file in map(in_repo, args.adapter)]
     eyes = args.image_encoder or [published(net) for net in nets]
     towers = [part(eye, "image_encoder") for eye in eyes]
@@ -141,6 +149,8 @@ def part(source: str, what: str) -> Network:
 def shown(args: argparse.Namespace, session: Session, net: Loaded, size: tuple[int, int]) -> list[Shown]:
     """What every adapter sees, computed once.  Raises ValueError for what does not fit the model."""
     k = len(net.adapters)
+    if not k:
+        return []
     shares = shared(args, k)
     masks = masked(args, session, size)
     spans = [None] * k if not args.range else pairs(args.range, k)

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ..methods import style_reference
 from ..methods import text_to_image as t2i
+from ..methods.instant_style import ranged
 from ..methods.multidiffusion import Batch, View, multidiffusion, nearest, spread, windows
 from ..methods.style_reference import Trajectory
+from ..model.ops import TORCH, Ops
 from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
-from . import generate, latents, options, styles
+from . import generate, image_options, image_prompts, latents, options, styles
 from .draw import cut_off, said, walk_of
 from .errors import CommandError
 from .freed import freed
@@ -74,6 +76,9 @@ def check(args: argparse.Namespace) -> None:
                            f"{len(args.reference_prompt)}")  # fmt: skip
     if args.at and len(args.at) != count:
         raise CommandError(f"--at: one place for each of {count} styles; got {len(args.at)}")
+    for name in ("style_mask", "each"):
+        if getattr(args, name):
+            raise CommandError(f"--{name.replace('_', '-')} is of whole pictures, not of windows: leave it out")
     if args.control_model:
         raise CommandError("--control-model goes with generate and style-align, not with windows")
 
@@ -127,6 +132,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     told = [*texts, args.negative or "", *(args.styles or ()), *(args.reference_prompt or ())]
     for line in (*net.loras, *cut_off(net, told)) if session.wanted is None else ():
         session.say(line)
+    shown = image_prompts.shown(image_options.own(args), session, net, small)
     about, references = referred(args, session, net, style, small)
     words_of = argparse.Namespace(**vars(args) | {"guidance": style.guidance, "init": None})
     drawn: list[Image.Image] = []
@@ -140,7 +146,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
             continue
         kept = generate.finished(args, net, (name, text), args.seed + i) if args.resume else None
         if kept is None:
-            x = walked(args, session, net, style, text, i, size, small, views, about, references)
+            x = walked(args, session, net, style, text, i, size, small, views, about, references, shown)
             drawn.append(to_picture(decoded(args, net, x)))
             words = generate.parameters(words_of, net, text, args.seed + i, size)
             yield session.made(name, drawn[-1], seed=args.seed + i, prompt=text, parameters=words)
@@ -162,6 +168,7 @@ def walked(
     views: list[View],
     about: list[str],
     references: Trajectory | None,
+    shown: list[image_prompts.Shown],
 ) -> Tensor:
     """The latents of one picture, (1, 4, H / 8, W / 8)."""
     noise = seeded([args.seed + len(about) + i])
@@ -173,8 +180,14 @@ def walked(
 
         def make_batch(batch: Batch) -> Denoise:
             prompts = together(*(others[j] for j in batch.references), *(own for _ in batch.views))
-            ops = style.ops(batch.refs, net.device, freed(args, net))
-            return styles.denoiser(args, net, net.unet(batch.refs), prompts, small, style.guidance, ops=ops)
+            rows, ahead = [0] * len(batch.refs), len(batch.references)  # references are drawn without adapters
+            strength = torch.tensor([0.0] * ahead + [1.0] * (len(rows) - ahead)) if ahead else None
+
+            def speaking(ops: Ops) -> Denoise:
+                ops = style.ops(batch.refs, net.device, freed(args, net, ops))
+                return styles.denoiser(args, net, net.unet(batch.refs), prompts, small, style.guidance, ops=ops)
+
+            return ranged(speaking, TORCH, [one.prompt(net, small, rows, path, strength) for one in shown])
 
         denoise = multidiffusion(make_batch, views, batch=args.batch, references=references, assigned=assigned)
         x = t2i.pure_noise(net.parts, noise, size, 1)

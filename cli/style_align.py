@@ -10,12 +10,15 @@ from PIL import Image
 from torch import Tensor
 
 from ..methods import text_to_image as t2i
+from ..methods.instant_style import ranged
 from ..methods.prompt import Prompt, beside
 from ..methods.style_reference import Trajectory, transferred
 from ..methods.style_targets import TargetControl
+from ..model.ops import TORCH, Ops
 from ..samplers.inversion import last
 from ..samplers.noise import seeded
-from . import generate, latents, options, styles
+from ..samplers.parameterisation import Denoise
+from . import generate, image_options, image_prompts, latents, options, styles
 from .draw import cut_off, picture, said, walk_of
 from .errors import CommandError
 from .freed import freed
@@ -76,6 +79,7 @@ class Set:
     hints: Tensor | None  # (1 or targets, 3, H, W)
     path: list[float]
     references: Trajectory | None
+    shown: list[image_prompts.Shown]
 
 
 def given(args: argparse.Namespace) -> str | None:
@@ -113,6 +117,7 @@ def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> S
     if args.all_see_all and args.batch < len(texts) - 1:
         raise CommandError("where all see all, no part of a set can be drawn without the rest: give --batch "
                            f"{len(texts) - 1}")  # fmt: skip
+    shown = image_prompts.shown(image_options.own(args), session, net, size)
     hints = [(picture(session, name, size) + 1) / 2 for name in args.control or ()]
     stacked = torch.cat(hints) if hints else None
     _, path = walk_of(args, net, seeded([args.seed]))
@@ -123,7 +128,7 @@ def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> S
         zts = styles.pictured(args, session, net, style, args.reference, texts[0], path, size)
         references = Trajectory(zts, path, style.offset)
     names = ["reference.png", *(f"{i:04d}.png" for i in range(1, len(texts)))]
-    return Set(texts, names, size, style, stacked, path, references)
+    return Set(texts, names, size, style, stacked, path, references, shown)
 
 
 def inverted_before(args: argparse.Namespace, session: Session, net: styles.Loaded) -> Inverted | None:
@@ -190,15 +195,31 @@ def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan:
         if net.control is not None and plan.hints is not None:
             hint = plan.hints if len(plan.hints) == 1 else plan.hints[[i - 1 for i in rows]]
             controls = [TargetControl(net=net.control, hint=hint, scale=args.control_scale, refs=refs)]
-        ops = plan.style.ops(refs, net.device, freed(args, net))
-        denoise = styles.denoiser(args, net, net.unet(refs), prompts, plan.size, plan.style.guidance,
-                                  controls=controls, ops=ops)  # fmt: skip
+
+        def speaking(ops: Ops) -> Denoise:
+            ops = plan.style.ops(refs, net.device, freed(args, net, ops))
+            return styles.denoiser(args, net, net.unet(refs), prompts, plan.size, plan.style.guidance,
+                                   controls=controls, ops=ops)  # fmt: skip
+
+        seers, strength = whose(args, rows)
+        pictures = [one.prompt(net, plan.size, seers, path, strength) for one in plan.shown]
+        denoise = ranged(speaking, TORCH, pictures)
         x = t2i.pure_noise(net.parts, noise, plan.size, len(refs))
         if plan.references is None:
             steps = walk(denoise, x, net.schedule, path)
         else:
             steps = transferred(walk, denoise, x, net.schedule, path, plan.references)
         return last(session.progress(steps, len(path) - 1, f"picture {rows[0]} ... {rows[-1]}")).x
+
+
+def whose(args: argparse.Namespace, rows: list[int]) -> tuple[list[int], Tensor | None]:
+    """What --style-image shows to the reference and to targets: which of --each, and how much.
+
+    A reference that is a picture sees none, as when it was inverted.
+    """
+    if not given(args):
+        return [0, *rows], None
+    return [0, *(i - 1 for i in rows)], torch.tensor([0.0, *(1.0 for _ in rows)])
 
 
 def together(*pairs: tuple[Prompt, Prompt]) -> tuple[Prompt, Prompt]:

@@ -23,7 +23,7 @@ from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
 from ..weights import lora as weights_lora
 from ..weights.files import sha256
-from . import latents, options
+from . import image_options, image_prompts, latents, options
 from .draw import inpaints, picture, said
 from .errors import CommandError
 from .session import Session
@@ -32,8 +32,8 @@ ON = ("on", "off")
 
 
 @dataclass(frozen=True)
-class Loaded(latents.Loaded):
-    """A model, and LoRA that only targets are drawn with."""
+class Loaded(image_prompts.Loaded):
+    """A model, adapters if there are any, and LoRA that only targets are drawn with."""
 
     changed: Components  # with their text towers; the UNet is the model's
     factors: tuple[tuple[Mapping[str, Any], float], ...]  # for the UNet, each with its weight
@@ -78,11 +78,12 @@ def options_of(p: options.Parser) -> None:
     group.add_argument("--invert-guidance", type=options.real(0, 100), help="while it is inverted (default: 2)")
     group.add_argument("--offset", type=options.whole(0, 999), help="how many steps less noisy the picture begins "
                        "(default: 0; transfer a tenth of them)")  # fmt: skip
+    image_options.options(p, image_options.ADAPTER)
 
 
 def loaded(args: argparse.Namespace) -> Loaded:
     """The model that the options name."""
-    base = latents.loaded(args)
+    base = image_prompts.loaded(image_options.own(args))
     if inpaints(base):
         raise CommandError("the model is one for inpainting: its UNet takes nine channels; name an ordinary one")
     changed, factors, files, lines = base.parts, [], dict[str, str](), list(base.loras)

@@ -14,16 +14,18 @@ from ..methods import text_to_image as t2i
 from ..methods.anchors import Kept
 from ..methods.consistory import places
 from ..methods.controlnet import Control
+from ..methods.instant_style import instant_style
 from ..methods.prompt import Prompt, beside
 from ..methods.real_subject import beside_real, inverted
 from ..methods.scene import Scene, Settings, by_steps
 from ..methods.story import Story, told
 from ..methods.subject_masks import Seeded
 from ..methods.subject_words import places_of
+from ..model.ops import TORCH
 from ..samplers.edit_friendly import NoiseMaps
 from ..samplers.noise import seeded
 from ..weights.files import opened, sha256, write
-from . import generate, latents
+from . import generate, image_options, image_prompts, latents
 from .draw import check, inpaints, picture, said, walk_of
 from .errors import CommandError
 from .freed import freed
@@ -35,15 +37,17 @@ DROPOUT_SEEDS = 1 << 63  # what is dropped is drawn from a picture's seed and th
 
 
 @dataclass(frozen=True)
-class Loaded(latents.Loaded):
-    """A model, and anchors that were kept."""
+class Loaded(image_prompts.Loaded):
+    """A model, adapters if there are any, and anchors that were kept."""
 
     kept: Kept | None
 
 
 def loaded(args: argparse.Namespace) -> Loaded:
     """The model that the options name, and the anchors of --cache-in."""
-    base = latents.loaded(args)
+    if args.range:
+        raise CommandError("--range: consistory walks twice, with the pictures at every step: leave it out")
+    base = image_prompts.loaded(image_options.own(args))
     if inpaints(base):
         raise CommandError("the model is one for inpainting: its UNet takes nine channels; name an ordinary one")
     if not args.cache_in:
@@ -72,6 +76,7 @@ class Plan:
     real: list[Tensor]  # (1, 3, H, W) each
     real_text: str
     hint: Tensor | None
+    shown: list[image_prompts.Shown]
 
     def batches(self, batch: int) -> Iterator[range]:
         """All at once if they fit; else the anchors, then the others, `batch` at a time."""
@@ -136,6 +141,7 @@ def planned(args: argparse.Namespace, session: Session, net: Loaded) -> Plan:
         [picture(session, name, size) for name in args.real or ()],
         real_text,
         (picture(session, args.control, size) + 1) / 2 if args.control else None,
+        image_prompts.shown(image_options.own(args), session, net, size),
     )
 
 
@@ -196,11 +202,15 @@ def drawn(
         if net.control is not None and plan.hint is not None:
             controls = [Control(net=net.control, hint=plan.hint, scale=args.control_scale)]
         ids, other = conditions(net, plan.size, len(x))
+        strength = torch.tensor([0.0] * real + [1.0] * n) if real else None  # real ones are pinned, without adapters
+        seers = [*[0] * real, *rows]
+        pictures = [one.prompt(net, plan.size, seers, path, strength) for one in plan.shown]
         scene = Scene(
             unet=net.parts.unet, positive=prompts[0], negative=prompts[1], tokens=tokens.to(net.device),
             schedule=net.schedule, ids=ids, negative_ids=other,
             prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
-            guidance=args.guidance, rescale=args.rescale, controls=controls, ops=freed(args, net),
+            guidance=args.guidance, rescale=args.rescale, controls=controls,
+            ops=freed(args, net, instant_style(TORCH, pictures)),
         )  # fmt: skip
 
         def walks() -> t2i.Walk:
@@ -214,11 +224,11 @@ def drawn(
         total = (len(path) - 1) * (2 if story.two else 1)
         for _ in session.progress(story.steps(), total, f"picture {rows[0] + 1} ... {rows[-1] + 1}"):
             pass
-    pictures = net.pictures(story.x[real:])
+    made = net.pictures(story.x[real:])
     where = places(net.parts.unet.cfg)
     chosen = None if story.plan is None else story.plan.chosen
     sizes = where.sizes((x.shape[2], x.shape[3]))
-    return Drawn(pictures, rows, story.masks, story.matches, chosen, story.sources, bool(real or kept), where.fine,
+    return Drawn(made, rows, story.masks, story.matches, chosen, story.sources, bool(real or kept), where.fine,
                  sizes, story.tally, len(x), story.kept)  # fmt: skip
 
 
