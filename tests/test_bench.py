@@ -352,3 +352,25 @@ assert count == 3 * 4096
     env = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     ran = subprocess.run([sys.executable, "-c", text], env=env, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-1000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["own", "style", "style-knobs", "kept-halves"])
+def test_on_a_gpu_every_way_that_runs_is_right_and_fused_ones_run(name: str):
+    device, entry = torch.device("cuda"), rivals_attention.ENTRY
+    found = list(compete(entry.contest(entry.cases[name], torch.float16, device), device, 2))
+    assert [str(row) for row in found if isinstance(row, Refused)] == []
+    timed = [row.way for row in found if isinstance(row, Row) and row.time]
+    assert "diaphane" in timed
+    assert any("efficient" in way for way in timed)
+    assert all(row.memory for row in found if isinstance(row, Row) and row.time)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_s_ceilings_are_those_of_a_gpu():
+    found = timing.ceilings(torch.device("cuda"), torch.float16)
+    assert found.flops > 1e13
+    assert found.bytes > 1e11
+    assert not found.exps <= 1e11
