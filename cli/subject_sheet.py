@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..methods.anchors import Kept
+from ..methods.cast import Masks, Tally
 from ..methods.dift import Matches
-from ..methods.stage import Masks, Tally
 from .marked import mask_picture, matched, overlaid
 from .sheet import edge_of, sheet, stacked
 from .sheet import shown as shown_at

@@ -5,8 +5,8 @@ from typing import Any
 from torch import nn
 
 from ..model.unet import Attention, UNet
+from .cast import Tally
 from .consistory import Places, places
-from .stage import Tally
 
 
 def shares(unet: UNet, latents: tuple[int, int], tokens: int = 77) -> Tally:

@@ -26,9 +26,10 @@ from torch import Tensor
 from ..samplers.ddim import Step
 from ..samplers.parameterisation import times
 from .anchors import Kept
+from .cast import Cast, Masks, Tally
 from .dift import Matches, Plan, matches, plan, smoothed, waves
 from .scene import Scene, SceneError, Settings, anchored
-from .stage import Cast, Masks, Stage, Tally
+from .stage import Stage
 from .subject_masks import Draws
 from .text_to_image import Walk
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from diaphane.methods.anchors import Kept
+from diaphane.methods.cast import Tally
 from diaphane.methods.consistory import Heard, Told, consistory, others, places
 from diaphane.methods.controlnet import Control
 from diaphane.methods.dift import Plan, matches, plan, smoothed, waves
 from diaphane.methods.freeu import FreeU, freeu
 from diaphane.methods.prompt import Prompt, beside, conditioning
 from diaphane.methods.scene import SceneError, Settings, anchored, by_steps
-from diaphane.methods.stage import Tally
 from diaphane.methods.subject_masks import Together, dropped, masks
 from diaphane.model.controlnet import ControlNet, ControlNetConfig
 from diaphane.model.ops import TORCH

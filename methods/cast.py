@@ -1,0 +1,71 @@
+"""What both stages of a ConsiStory set share, what goes from a call to the next, and what was run."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .anchors import Kept
+from .consistory import Others, others
+from .scene import Scene, Settings
+from .subject_masks import Draws
+
+Masks = Mapping[int, Tensor]  # level -> bool (B, N)
+
+
+@dataclass
+class Tally:
+    """What was run of the network, in whole batches: its parts, each counted for itself."""
+
+    encoders: float = 0.0  # encoder and bottleneck
+    decoders: float = 0.0
+    queries: float = 0.0  # the decoder up to its last self-attention's queries
+    maps: float = 0.0  # the decoder up to its last cross-attention that is read
+    features: float = 0.0  # the decoder up to the feature
+
+    def passes(self, shares: "Tally") -> float:
+        """The same in passes of the network, `shares` being what each part is of one."""
+        return sum(getattr(self, name) * getattr(shares, name) for name in vars(self))
+
+
+@dataclass(frozen=True)
+class Focus:
+    """The masks after a call: the subject, and what of it is left after the dropout."""
+
+    masks: Masks
+    kept: Masks
+    made: dict[int, dict[int, Others]] = field(default_factory=dict)  # by halves and level
+
+    def others(self, sees: Sequence[Sequence[bool]], halves: int, align: bool) -> dict[int, Others]:
+        """What is seen at each level, built once."""
+        if halves not in self.made:
+            self.made[halves] = {k: others(m, sees, halves, align=align) for k, m in self.kept.items()}
+        return self.made[halves]
+
+
+class Branch(NamedTuple):
+    """Where the second stage leaves the first: what was predicted up to there, and what goes on."""
+
+    eps: tuple[Tensor, ...]  # of the calls before
+    history: tuple[Tensor, ...]  # maps
+    focus: Focus | None
+    plain: dict[str, Tensor]  # queries of the plain pass at that call, where it has one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cast:
+    """What both stages share: the pictures, who looks at whom, and what is known beforehand."""
+
+    scene: Scene
+    settings: Settings
+    sees: Sequence[Sequence[bool]]
+    draws: Draws
+    path: Sequence[float]
+    anchors: Kept | None = None  # cached, in the place of pictures in the batch
+    keep: Kept | None = None  # to be filled
+    shelf: torch.device | None = None  # where what is kept lies; None: where it is made
+    pinned: Callable[[float], Tensor] | None = None  # t -> the first pictures as they are to be seen then, (P, C, H, W)
+    align: bool = False
+    given: Callable[[int, int], Masks] | None = None  # (stage, call) -> masks in the place of those that are found
