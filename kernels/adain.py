@@ -78,7 +78,7 @@ def _stats(q: Tensor, k: Tensor | None, eps: float) -> Tensor:
             mean = x.mean(-2)
             centred = x - mean[..., None, :]
             off = centred.mean(-2)  # what rounding left in the mean
-            squares = torch.linalg.vector_norm(centred, dim=-2).square() - x.shape[-2] * off.square()
+            squares = centred.square().sum(-2) - x.shape[-2] * off.square()
             rows.append(torch.stack([mean + off, (squares / max(x.shape[-2] - 1, 1) + eps).sqrt()]))
     return torch.stack(rows)
 
