@@ -32,6 +32,7 @@ def group_norm(
     fewer in one, and its second reading from cache.  About 15 FLOP an element, and an exponential.  Backward reads x
     and its gradient twice and writes once.
 
+    A ref outside the batch is an error of torch's, and NaN where a kernel meets it.
     ValueError: x of fewer than three axes, channels that are no multiple of groups, a weight, bias or ref that does not
     fit.
     """

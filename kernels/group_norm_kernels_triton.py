@@ -46,8 +46,9 @@ def _normalisers(STATS, REF, b, group, near, G, size, eps, POOLED: tl.constexpr)
     var = tl.load(STATS + size + at, mask=near, other=1.0)
     if POOLED:
         to = tl.load(REF + b).to(tl.int32) * G + group
-        mean_r = tl.load(STATS + to, mask=near, other=0.0)
-        mean, var = _mixed(mean, var, mean_r, tl.load(STATS + size + to, mask=near, other=1.0))
+        there = near & (to >= 0) & (to < size)  # a reference outside the batch is NaN, not what lies there
+        mean_r = tl.load(STATS + to, mask=there, other=float("nan"))
+        mean, var = _mixed(mean, var, mean_r, tl.load(STATS + size + to, mask=there, other=1.0))
     return mean, 1.0 / tl.sqrt(var + eps), own
 
 
@@ -84,8 +85,9 @@ def whole_kernel(
     tl.store(at + size, var)
     if POOLED:
         r = tl.load(REF + b).to(tl.int64)
-        mean_r, var_r = _moments_of(X + r * x_b + g.to(tl.int64) * CG * P, CG * P, BLOCK)
-        mean, var = _mixed(mean, var, mean_r, var_r)
+        there = (r >= 0) & (r < tl.num_programs(1))
+        mean_r, var_r = _moments_of(X + tl.where(there, r, 0) * x_b + g.to(tl.int64) * CG * P, CG * P, BLOCK)
+        mean, var = _mixed(mean, var, tl.where(there, mean_r, float("nan")), var_r)
     rstd = 1.0 / tl.sqrt(var + eps)
     to = Y + (b.to(tl.int64) * C + g * CG) * P
     for tile in tl.range(0, tl.cdiv(CG, BLOCK_C) * tl.cdiv(P, BLOCK_P), num_stages=2):

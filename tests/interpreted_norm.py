@@ -38,6 +38,11 @@ def main() -> None:
         made = x.contiguous(memory_format=torch.channels_last) if last else x
         ops.triton().group_norm(ops.Site("out", 0, "norm"), made, one, one, groups, 1e-5, True)
     print(json.dumps({"case": "launches", "type": "fp32", "errors": launched}))
+    nan = []
+    for made in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = ops.triton().group_norm(ops.Site("out", 0, "norm"), made, one, one, 4, 1e-5, True, torch.tensor([0, 9]))
+        nan.append(y.isnan().flatten(1).all(1).tolist())
+    print(json.dumps({"case": "outside", "type": "fp32", "errors": nan}))
 
 
 def report(case: str, kind: str, run) -> None:
