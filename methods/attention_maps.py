@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import reference
+from ..kernels.masked_maps import token_maps
 from ..kernels.sources import Seen
 from ..model.ops import Ops, Site
 
@@ -130,17 +131,17 @@ class WordMaps:
                     raise ValueError(
                         f"words are tokens 0 ... {k.shape[2] - 1} of {self.n} images; got {self.words}, {len(q)} rows"
                     )
-                rows = [self.mapped(q.detach(), k.detach(), len(q) - self.n + i) for i in range(self.n)]
-                part = torch.stack(rows)
+                part = self.mapped(q.detach()[-self.n :], k.detach()[-self.n :])
                 self.means.setdefault(q.shape[2], Mean(torch.zeros_like(part))).add(part)
             return ops.attend(site, q, k, v, bias, seen)
 
         return replace(ops, attend=attend)
 
-    def mapped(self, q: Tensor, k: Tensor, row: int) -> Tensor:
-        """Of one image: (W, N)."""
-        found = weights(q, k, row, None)
-        return torch.stack([found[:, list(word)].mean(1) for word in self.words])
+    def mapped(self, q: Tensor, k: Tensor) -> Tensor:
+        """Of all images: (n, W, N)."""
+        at = torch.tensor([token for word in self.words for token in word], device=q.device)
+        each = token_maps(q, k, at).split([len(word) for word in self.words], dim=-1)
+        return torch.stack([found.mean(-1) for found in each], dim=1)
 
     def combined(self, size: tuple[int, int]) -> Tensor:
         """The mean over all layers at the finest resolution seen; `size` of the latents -> (n, W, h, w)."""
