@@ -123,6 +123,11 @@ class Scene:
         return len(self.positive.context)
 
     @property
+    def words(self) -> Tensor:
+        """The subject's places on the network's device."""
+        return self.tokens.to(next(self.unet.parameters()).device)
+
+    @property
     def guided(self) -> bool:
         """Whether every call has both halves of a guided batch."""
         return self.negative is not None and not bool((torch.as_tensor(self.guidance) == 1).all())

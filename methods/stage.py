@@ -144,14 +144,14 @@ class Stage:
     def told(self, halves: int, now: float) -> Told:
         """What a call is told, but for the queries of a plain pass."""
         cast, n, anchors = self.cast, self.cast.scene.images, self.cast.anchors
-        told = Told(images=n, tokens=self.cast.scene.tokens, align=cast.align, alpha=cast.settings.alpha)
+        told = Told(images=n, tokens=self.cast.scene.words, align=cast.align, alpha=cast.settings.alpha)
         if self.carried is not None and cast.settings.injects(now):
             kept = anchors.outputs.get(self.calls, {}) if anchors else {}
             told = replace(told, carried=self.carried, order=self.order, rows=kept)
         if not cast.settings.attend:
             return told
         if anchors is not None:
-            device = cast.scene.tokens.device
+            device = cast.scene.words.device
             stored = anchors.pool(self.number, self.calls)
             pools = {site: (k[-halves:].to(device), v[-halves:].to(device)) for site, (k, v) in stored.items()}
             lengths = {self.where.level[site.rpartition(".")[0]]: pair[0].shape[2] for site, pair in pools.items()}
@@ -196,7 +196,7 @@ class Stage:
     def queries(self, h: Tensor, skips: list[Tensor], c: Cond) -> dict[str, Tensor]:
         """The decoder's queries of a plain pass."""
         scene, heard = self.cast.scene, Heard(keep_maps=False, keep_queries=True)
-        told = Told(images=scene.images, tokens=scene.tokens)
+        told = Told(images=scene.images, tokens=scene.words)
         to_attention(scene.unet, h, skips, c, consistory(scene.ops, self.where, told, heard), self.where.last)
         return heard.queries
 
@@ -212,7 +212,7 @@ class Stage:
             found = cast.given(self.number, self.calls)
         else:
             maps = torch.stack(self.history).mean(0)
-            found = masks(maps, cast.scene.tokens, sizes[self.where.maps], sizes)
+            found = masks(maps, cast.scene.words, sizes[self.where.maps], sizes)
         levels = self.where.shared
         draws = cast.draws(self.calls, [found[level].shape[1] for level in levels])
         pairs = zip(levels, draws, strict=True)
@@ -224,7 +224,7 @@ class Stage:
 
     def store(self, keep: Kept, heard: Heard, told: Told) -> None:
         """Put keys, values and outputs of a call away for further pictures."""
-        shelf = self.cast.shelf or self.cast.scene.tokens.device
+        shelf = self.cast.shelf or self.cast.scene.words.device
         if heard.pools:
             ends = {level: int(these.kept.edges[-1]) for level, these in told.seen.items() if these.kept is not None}
             keep.pools[self.number, self.calls] = {

@@ -45,12 +45,13 @@ def attention_case(case: Case):
         return
     hidden, mask = case.input(f"{at}hidden"), case.input(f"{at}mask").bool()
     assert hidden.shape[:2] == (2 * said["B"], said["res"] ** 2)
-    assert said["mask_mode"] in ("plain", "dropped", "empty"), f"unknown mask_mode {said['mask_mode']}"
+    known = ("plain", "full", "dropped", "empty", "emptied", "none")
+    assert said["mask_mode"] in known, f"unknown mask_mode {said['mask_mode']}"
     if said["mask_mode"] == "dropped" or case.has(f"{at}uniform"):
         used = dropped(mask, case.input(f"{at}uniform"), said["dropout"])
     else:
         told(said, "dropout")
-        used = mask if said["mask_mode"] == "plain" else torch.zeros_like(mask)
+        used = mask if said["mask_mode"] in known[:2] else torch.zeros_like(mask)
     exact(case, f"{at}mask_used", used)
     sees = case.input(f"{at}mapping").bool().tolist()
     these = others(used, sees, 2)

@@ -222,6 +222,6 @@ def told_of_cache(case: Case, kept: Kept | int):
         return
     calls = sorted({call for _, call in kept.pools})
     assert calls == said["steps_cached"]
-    assert len(kept.pool(1, calls[0])) == said["layers_with_token_cache"]
+    assert max((len(pools) for pools in kept.pools.values()), default=0) == said["layers_with_token_cache"]
     assert sorted(kept.outputs) == said["output_cache_steps"]
-    assert {len(rows) for rows in kept.outputs.values()} == {said["output_cache_layers"]}
+    assert max((len(rows) for rows in kept.outputs.values()), default=0) == said["output_cache_layers"]
