@@ -11,7 +11,7 @@ from diaphane.methods import lora as method
 from diaphane.methods.lora import Beside, beside, merged, with_lora
 from diaphane.model.components import Components, components, placed
 from diaphane.weights import clip, lora, pipeline, unet
-from diaphane.weights.errors import ConfigError, LayoutError, MissingFileError, WeightsError
+from diaphane.weights.errors import ConfigError, DtypeError, LayoutError, MissingFileError, WeightsError
 from diaphane.weights.files import write
 from safetensors.torch import load_file
 from torch import Tensor
@@ -278,6 +278,16 @@ def test_what_does_not_match_is_an_error_that_lists_it(tmp_path: Path, whole: pi
     twice = {name.replace("input_blocks_4_1", "down_blocks_1_attentions_0"): t.clone() for name, t in tensors.items()
              if "input_blocks_4_1_" in name}  # fmt: skip
     assert "are both" in refused(twice).doubled[0]
+
+
+def test_an_alpha_may_be_a_whole_number_and_weights_may_not(tmp_path: Path, whole: pipeline.Pipeline):
+    tensors, _ = spelled("kohya, sgm blocks", raw("kohya, sgm blocks"))
+    counted = {key: t.to(torch.int64) if key.endswith(".alpha") else t for key, t in tensors.items()}
+    want, got = (lora.load(write(tmp_path / "l.safetensors", t), whole.parts) for t in (tensors, counted))
+    assert list(got.rows()) == list(want.rows())
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    with pytest.raises(DtypeError, match="int8"):
+        lora.load(write(tmp_path / "l.safetensors", {**tensors, key: tensors[key].to(torch.int8)}), whole.parts)
 
 
 def test_a_lora_of_another_model_is_an_error_that_names_both(whole: pipeline.Pipeline):

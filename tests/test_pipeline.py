@@ -221,7 +221,9 @@ def test_a_scheduler_says_prediction_schedule_and_timesteps(tmp_path: Path):
 
 
 @pytest.mark.parametrize("change", [{"prediction_type": "flow"}, {"beta_schedule": "sigmoid"}, {"trained_betas": [0.1]},
-                                    {"timestep_spacing": "odd"}, {"steps_offset": "x"}])  # fmt: skip
+                                    {"timestep_spacing": "odd"}, {"steps_offset": "x"},
+                                    {"_class_name": "EDMDPMSolverMultistepScheduler"},
+                                    {"_class_name": "FlowMatchEulerDiscreteScheduler"}])  # fmt: skip
 def test_what_a_scheduler_says_that_is_not_done_here_is_an_error(tmp_path: Path, change: dict[str, Any]):
     with pytest.raises(ConfigError, match="scheduler_config") as e:
         pipeline.load(folder(tmp_path, **{"scheduler/scheduler_config": change}))
@@ -240,6 +242,24 @@ def test_marks_among_the_keys_and_the_header_of_a_single_file_say_the_prediction
     assert pipeline.load(single(tmp_path, mark()), given=GIVEN, prediction="v").says.prediction == "v"
     with pytest.raises(ConfigError, match="edm_mean"):
         pipeline.load(single(tmp_path, mark("edm_mean", "edm_std")), given=GIVEN)
+    with pytest.raises(ConfigError, match="prediction_type = 'flow'"):
+        pipeline.load(single(tmp_path, mark(), {"modelspec.prediction_type": "flow"}), given=GIVEN)
+
+
+def test_a_folder_without_a_scheduler_says_no_more_than_a_single_file(tmp_path: Path):
+    path = folder(tmp_path)
+    said = pipeline.load(path).says
+    shutil.rmtree(path / "scheduler")
+    assert pipeline.load(path).says == said
+
+
+def test_losses_and_counters_of_an_autoencoders_training_are_left_out(tmp_path: Path):
+    plain = pipeline.load(single(tmp_path, lambda _: None), given=GIVEN).parts["vae"]
+    names = ("loss.logvar", "loss.discriminator.main.0.weight", "model_ema.decay", "model_ema.num_updates")
+    more = {f"first_stage_model.{name}": torch.zeros(1) for name in names}
+    found = pipeline.load(single(tmp_path, lambda tensors: tensors.update(more)), given=GIVEN).parts["vae"]
+    assert found.config == plain.config
+    assert found.tensors.keys() == plain.tensors.keys()
 
 
 def ldm(net: Any, tables: Any, plan: Any, column: int, prefix: str) -> dict[str, Tensor]:

@@ -47,6 +47,8 @@ def of_scheduler(scheduler: Mapping[str, Any], index: Mapping[str, Any], unet: M
             raise ConfigError(f"scheduler_config.json says {name} = {value!r}; {', '.join(table)} are done here")
         return table[value]
 
+    if (kind := str(scheduler.get("_class_name", ""))).startswith(("EDM", "FlowMatch")):
+        raise ConfigError(f"scheduler_config.json is of {kind}, whose UNet is trained in other terms than eps, v or x0")
     if scheduler.get("trained_betas") is not None:
         raise ConfigError("scheduler_config.json gives betas one by one; schedules by formula are done here")
     size = unet.get("sample_size") or 64
@@ -71,10 +73,13 @@ def of_scheduler(scheduler: Mapping[str, Any], index: Mapping[str, Any], unet: M
 def of_single_file(unet: Mapping[str, Any], implied: Mapping[str, Any], metadata: Mapping[str, str]) -> Conventions:
     """From the kind of UNet, the marks among a file's keys, and its header (modelspec.prediction_type).
 
-    Stable Diffusion 2 was published with both predictions in equal shapes: then nothing may say which it is.
+    Stable Diffusion 2 was published with both predictions in equal shapes: then nothing may say which it is.  Raises
+    ConfigError for a prediction that is not done here.
     """
     xl, second = unet["pooled_dim"] is not None, unet["pooled_dim"] is None and unet["context_dim"] == 1024
     spec = metadata.get("modelspec.prediction_type", "").lower()
+    if spec and spec not in PREDICTIONS:
+        raise ConfigError(f"its header says modelspec.prediction_type = {spec!r}; eps, v and x0 are done here")
     prediction = implied.get("prediction") or PREDICTIONS.get(spec) or (None if second else "eps")
     return Conventions(
         prediction=prediction,

@@ -204,6 +204,8 @@ def renamed(tensors: Mapping[str, Tensor]) -> tuple[Layout, Any, dict[str, Tenso
     tables = layout.tables
     if tables is clip and layout.column == clip.OPEN_CLIP:
         tensors = clip.unfused(tensors)
+    if tables is vae and layout.column == vae.LDM:  # the losses of its training are in some published files
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("loss.")}
     shapes: dict[str, Shape] = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     try:
         plan = tables.plan(shapes, layout.column)

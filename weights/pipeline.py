@@ -150,7 +150,11 @@ def in_folder(
     scheduler = folder.json("scheduler/scheduler_config.json")
     config = folder.json("unet/config.json") or {}
     try:
-        return parts, of_scheduler(scheduler or {}, index, config)
+        says = of_scheduler(scheduler or {}, index, config)
+        if scheduler is None:  # of timesteps and prediction no more is said than in a single file
+            kin = of_single_file(parts["unet"].config, {}, {})
+            says = replace(says, prediction=kin.prediction, offset=kin.offset)
+        return parts, says
     except WeightsError as e:
         raise located(e, folder.name) from e
 
