@@ -55,6 +55,8 @@ def together(walks: Sequence[Iterator[Tap]]) -> Iterator[Tap]:
             torch.cat([v[-len(tap.step.x) :] for tap, v in zip(taps, kept, strict=True)])
             for kept in ([tap.h for tap in taps], [tap.skips[-1] for tap in taps])
         )
+        if not bool(torch.isfinite(h).all() and torch.isfinite(g).all()):
+            raise CommandError("h is not finite: the weights are damaged, or --dtype is too narrow for them")
         yield Tap(taps[0].step, h, [g])
 
 

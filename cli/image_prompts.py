@@ -76,8 +76,12 @@ class Shown:
         masks = self.masks if self.masks is None or len(self.masks) == 1 else self.masks[at]
         first, last = (None, None) if self.steps is None else between(path, *self.steps)
         latents = (size[0] // net.parts.factor, size[1] // net.parts.factor)
-        return image_prompt(self.adapter, net.parts.unet.cfg, Pictures(*(t[at] for t in self.pictures)), self.scale,
+        made = image_prompt(self.adapter, net.parts.unet.cfg, Pictures(*(t[at] for t in self.pictures)), self.scale,
                             strength=strength, masks=masks, size=latents, first=first, last=last)  # fmt: skip
+        if not all(bool(torch.isfinite(t).all()) for term in made.terms.values() for t in (term.k, term.v)):
+            raise CommandError("what the adapter makes of the pictures is not finite: its weights or its encoder's are "
+                               "damaged, or --dtype is too narrow for them")  # fmt: skip
+        return made
 
 
 def loaded(args: argparse.Namespace) -> Loaded:

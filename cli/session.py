@@ -111,8 +111,14 @@ class Session:
         }
 
     def progress(self, steps: Iterable[T], total: int, what: str) -> Iterator[T]:
-        """The same walk, with a bar on a terminal."""
-        yield from tqdm(steps, total=total, desc=what, leave=False, disable=True if self.args.quiet else None)
+        """The same walk, with a bar on a terminal.  Raises CommandError where its first step is not finite."""
+        bar = tqdm(steps, total=total, desc=what, leave=False, disable=True if self.args.quiet else None)
+        for i, step in enumerate(bar):
+            x = getattr(step, "x", None)
+            if i == 0 and isinstance(x, Tensor) and not bool(torch.isfinite(x).all()):
+                raise CommandError("the network's first step is not finite: its weights are damaged, a setting is too "
+                                   "extreme, or --dtype is too narrow for it")  # fmt: skip
+            yield step
 
     def say(self, text: str) -> None:
         """A line of results, on standard output."""

@@ -222,7 +222,8 @@ def drawn(
                       keep=keep, shelf=torch.device("cpu") if args.low_vram else None,
                       said=said_of(net, plan.settings), **more)  # fmt: skip
         total = (len(path) - 1) * (2 if story.two else 1)
-        for _ in session.progress(story.steps(), total, f"picture {rows[0] + 1} ... {rows[-1] + 1}"):
+        walk = (step for _, step in story.steps())
+        for _ in session.progress(walk, total, f"picture {rows[0] + 1} ... {rows[-1] + 1}"):
             pass
     made = net.pictures(story.x[real:])
     where = places(net.parts.unet.cfg)
