@@ -76,8 +76,10 @@ def point(text: str) -> str:
 def words_of(args: argparse.Namespace) -> list[str]:
     """--words, or the first prompt's, without the shortest.  Raises CommandError for too many."""
     said = dict.fromkeys(re.findall(r"[^\W_]+", args.prompt[0].lower()))
-    words = args.words or [word for word in said if len(word) > 2][:MOST]
-    if not words or len(words) > MOST:
+    words = args.words or [word for word in said if len(word) > 2][:MOST] or list(said)[:MOST]
+    if not words:
+        raise CommandError("the first prompt has no words to look for: name some of another's with --words")
+    if len(words) > MOST:
         raise CommandError(f"--words are 1 ... {MOST} words of the prompts; got {len(words)}")
     return words
 
