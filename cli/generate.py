@@ -112,11 +112,11 @@ def running(p: options.Parser, command: str, *, batch: int = 1) -> None:
 
 
 def size(text: str) -> str:
-    """WIDTHxHEIGHT, as it is said."""
+    """WIDTHxHEIGHT; one number is both."""
     m = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text, re.ASCII)
     if m is None or "0" in (m[1].strip("0") or "0", (m[2] or "1").strip("0") or "0"):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no size: say 1024 or 1216x832")
-    return text
+    return f"{int(m[1])}x{int(m[2] or m[1])}"
 
 
 def sizes(args: argparse.Namespace, net: latents.Loaded) -> tuple[int, int]:
