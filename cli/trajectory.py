@@ -11,7 +11,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..methods.text_to_image import Walk
-from ..samplers.ddim import Step, ddim
+from ..samplers.ddim import Step, Steps, ddim
 from ..samplers.noise import replayed
 from ..samplers.null_text import Halfway, with_nulls
 from ..samplers.parameterisation import Denoise, Prediction
@@ -52,7 +52,7 @@ class Trajectory(NamedTuple):
         """The walk down from the `skip`-th latents for n pictures, its timesteps, and where it begins, as `like`."""
         noises = None if self.zs is None else self.zs[skip:].expand(-1, n, -1, -1, -1)
 
-        def walk(denoise: Denoise, x: Tensor, schedule: Schedule, path: Sequence[float]) -> Iterator[Step]:
+        def walk(denoise: Denoise, x: Tensor, schedule: Schedule, path: Sequence[float]) -> Steps:
             return ddim(denoise, x, schedule, path, eta=self.eta, noise=None if noises is None else replayed(noises))
 
         return walk, self.path[skip:], self.xs[skip].expand(n, -1, -1, -1).to(like)

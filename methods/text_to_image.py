@@ -12,7 +12,6 @@ Every walk of `samplers` takes (denoise, x, schedule, path) and yields Steps; he
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -24,7 +23,7 @@ from ..model.ops import TORCH, Ops
 from ..model.tiling import tiled_decode
 from ..model.unet import UNet
 from ..model.vae import VAE
-from ..samplers.ddim import Step
+from ..samplers.ddim import Step, Steps
 from ..samplers.guidance import Interval, guided
 from ..samplers.noise import Noise
 from ..samplers.parameterisation import Denoise, Prediction, as_eps, noised
@@ -32,7 +31,7 @@ from ..samplers.schedule import Schedule
 from .controlnet import Control, predicting
 from .prompt import Prompt, beside
 
-Walk = Callable[[Denoise, Tensor, Schedule, Sequence[float]], Iterator[Step]]
+Walk = Callable[[Denoise, Tensor, Schedule, Sequence[float]], Steps]
 Time = TypeVar("Time", bound=float)
 
 
@@ -147,15 +146,21 @@ def repainted(
 ) -> Iterator[Step]:
     """A walk that keeps the latents x0 where the mask (B or 1, 1, H, W) is 0: inpainting with an ordinary UNet.
 
-    After each step what is kept is noised anew, always by the same `noise`, and clean after the last.  `walk` begins
-    anew at each step, so that methods with a history (DPM-Solver++ 2M) take every step as their first.
-    With a mask of ones nothing changes.
+    What is kept is noised anew, always by the same `noise`, after each step and wherever else within a step the network
+    looks (Heun's second look), and clean after the last.  With a mask of ones nothing changes.
     """
-    keep = latent_mask(mask, x0)
-    for i, (t, s) in enumerate(pairwise(path)):
-        step = next(walk(denoise, x, schedule, [t, s]))
-        known = x0 if i == len(path) - 2 else noised(x0, noise, schedule(s))
-        x = keep * step.x + (1 - keep) * known
+    keep, last = latent_mask(mask, x0), len(path) - 2
+
+    def known(t: float | Tensor) -> Tensor:
+        return (1 - keep) * noised(x0, noise, schedule(t))
+
+    def look(y: Tensor, t: Tensor) -> Tensor:
+        return denoise(y if y is x else keep * y + known(t), t)
+
+    steps, step = walk(look, x, schedule, path), None
+    for i in range(last + 1):
+        step = next(steps) if step is None else steps.send(x)
+        x = keep * step.x + ((1 - keep) * x0 if i == last else known(step.s))
         yield step._replace(x=x)
 
 

@@ -1,6 +1,6 @@
 """DDIM (Song et al. 2021), forward and reverse: one step function, walked down or up a path of timesteps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -19,6 +19,9 @@ class Step(NamedTuple):
     x: Tensor  # (B, C, H, W)   the sample at s
     x0: Tensor  # (B, C, H, W)  the clean sample predicted on the way
     eps: Tensor  # (B, C, H, W) the noise predicted at t
+
+
+Steps = Generator[Step, Tensor | None, None]  # a walk; it goes on from another x where one is sent to it
 
 
 def spread(a_t: Tensor, a_s: Tensor, eta: float = 1.0) -> Tensor:
@@ -64,9 +67,10 @@ def ddim(
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
-) -> Iterator[Step]:
+) -> Steps:
     """Walk x along `path`: downward it samples, upward it inverts.  Yields one Step per pair of timesteps."""
     for t, s in pairwise(path):
         eps = denoise(x, times(t, x))
         x, x0 = step(x, eps, schedule(t), schedule(s), eta=eta, noise=noise)
-        yield Step(t, s, x, x0, eps)
+        sent = yield Step(t, s, x, x0, eps)
+        x = x if sent is None else sent

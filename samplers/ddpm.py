@@ -1,13 +1,13 @@
 """DDPM's ancestral sampler (Ho et al. 2020), with fixed variances or the learned one (Nichol & Dhariwal 2021)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .ddim import Step
+from .ddim import Step, Steps
 from .noise import Noise
 from .parameterisation import Denoise, over, times, x0_from_eps
 from .schedule import Schedule
@@ -64,7 +64,7 @@ def ddpm(
     noise: Noise,
     variance: Variance = "small",
     clip: float | None = None,
-) -> Iterator[Step]:
+) -> Steps:
     """Sample x down `path`, which may skip timesteps; no noise is added at the last step.
 
     With variance "learned", `denoise` returns eps and the variance channels together, (B, 2C, H, W).
@@ -85,4 +85,5 @@ def ddpm(
         mean = posterior_mean(x, x0, schedule, t, s)
         z = noise(x)
         x = mean if s < 0 else mean + (log_variance(schedule, t, s, variance, v) / 2).exp().to(x) * z
-        yield Step(t, s, x, x0, eps)
+        sent = yield Step(t, s, x, x0, eps)
+        x = x if sent is None else sent

@@ -1,12 +1,12 @@
 """DPM-Solver++ 2M (Lu et al. 2022b): x_0 extrapolated from this prediction and the last one, in log sigma."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor
 
-from .ddim import Step
+from .ddim import Step, Steps
 from .parameterisation import Denoise, eps_from_x0, noised, over, times, x0_from_eps
 from .schedule import Schedule, sigma_of
 
@@ -19,7 +19,7 @@ def dpmpp(
     *,
     order: Literal[1, 2] = 2,
     lower_order_final: bool = True,
-) -> Iterator[Step]:
+) -> Steps:
     """Walk x (B, C, H, W) along `path`, one call of the network a step.
 
     x_s = sqrt((1 - a_s) / (1 - a_t)) x_t - sqrt(a_s) (exp(-h) - 1) D with h = log(sigma_t / sigma_s) (Lu et al. 2022b,
@@ -42,4 +42,5 @@ def dpmpp(
             clean = x0 + over(share, x) * (x0 - before[0])
             direction = eps_from_x0(x, clean, a_t)
         x, before = noised(clean, direction, a_s), (x0, log_sigma)
-        yield Step(t, s, x, x0, eps)
+        sent = yield Step(t, s, x, x0, eps)
+        x = x if sent is None else sent

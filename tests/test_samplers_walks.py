@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from diaphane.samplers import ddpm, path
-from diaphane.samplers.ddim import Step, ddim, spread, step
+from diaphane.samplers.ddim import Step, Steps, ddim, spread, step
+from diaphane.samplers.heun import heun
 from diaphane.samplers.inversion import last
 from diaphane.samplers.noise import seeded
 from diaphane.samplers.parameterisation import times
@@ -175,3 +177,18 @@ def test_clipping_in_ddpm_bounds_every_x0():
     steps = list(ddpm.ddpm(lambda x, t: 0.1 * x, x, LINEAR, path.papers(5), noise=seeded([0, 1]), clip=1.0))
     assert all(s.x0.abs().max() <= 1 for s in steps)
     assert steps[-1].x.abs().max() <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("walk", [ddim, heun, partial(ddpm.ddpm, noise=lambda x: torch.ones_like(x))])
+def test_a_walk_goes_on_from_what_is_sent_to_it(walk: Callable[..., Steps]):
+    x, other = random(2, 3, 4, 4), random(2, 3, 4, 4, seed=1)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return x.tanh()
+
+    steps = walk(denoise, x, LINEAR, [800, 600, 400, 200])
+    next(steps)
+    there = list(walk(denoise, other, LINEAR, [600, 400, 200]))
+    assert torch.equal(steps.send(other).x, there[0].x)
+    assert torch.equal(next(steps).x, there[1].x)
+    assert list(steps) == []

@@ -18,6 +18,8 @@ from diaphane.model.ops import TORCH, Site
 from diaphane.model.unet import UNet
 from diaphane.model.vae import NonFiniteError
 from diaphane.samplers.ddim import ddim
+from diaphane.samplers.dpmpp import dpmpp
+from diaphane.samplers.heun import heun
 from diaphane.samplers.noise import seeded
 from diaphane.samplers.parameterisation import as_eps
 from diaphane.samplers.path import leading
@@ -107,6 +109,10 @@ def test_a_mask_of_ones_keeps_nothing_and_a_mask_of_zeros_everything(parts: Comp
     plain = list(ddim(denoise, x, SCHEDULE, PATH))
     ones = list(t2i.repainted(ddim, denoise, x, SCHEDULE, PATH, x0, z, torch.ones(1, 1, *SIZE)))
     assert all(torch.equal(a.x, b.x) for a, b in zip(plain, ones, strict=True))
+    for walk in (heun, dpmpp):
+        plain = list(walk(denoise, x, SCHEDULE, PATH))
+        ones = list(t2i.repainted(walk, denoise, x, SCHEDULE, PATH, x0, z, torch.ones(1, 1, *SIZE)))
+        assert all(torch.equal(a.x, b.x) for a, b in zip(plain, ones, strict=True))
     zeros = list(t2i.repainted(ddim, denoise, x, SCHEDULE, PATH, x0, z, torch.zeros(1, 1, *SIZE)))
     assert torch.equal(zeros[-1].x, x0)
     assert (zeros[0].x - SCHEDULE(PATH[1]).sqrt() * x0 - (1 - SCHEDULE(PATH[1])).sqrt() * z).abs().amax() < 1e-12
