@@ -30,13 +30,17 @@ def run_cases(folder: Folder, stem: str) -> list[Case]:
 
 
 class Given:
-    """The stored dropout: (call, sizes) -> draws."""
+    """The stored dropout of n pictures: (call, sizes) -> draws; where nothing is ever dropped they may be absent."""
 
-    def __init__(self, case: Case, at: str):
-        self.case, self.at = case, at
+    def __init__(self, case: Case, at: str, n: int):
+        self.case, self.at, self.n = case, at, n
+        self.unused = not (case.settings["perform_sdsa"] and case.settings["mask_dropout"])
 
     def __call__(self, call: int, sizes: Any) -> list[Tensor]:
-        return [self.case.input(f"{self.at}uniform_{round(n**0.5)}")[call] for n in sizes]
+        names = [f"{self.at}uniform_{round(n**0.5)}" for n in sizes]
+        if self.unused and not any(map(self.case.has, names)):
+            return [torch.ones(self.n, n) for n in sizes]
+        return [self.case.input(name)[call] for name in names]
 
 
 def settings_of(case: Case, path: list[int]) -> Settings:
@@ -129,7 +133,7 @@ def story_of(
     if keep:
         assert kept == len(x)
     return Story(
-        scene_of(case, rows), lambda: ddim, x, path, settings_of(case, path), draws=Given(case, f"{at}stage1."),
+        scene_of(case, rows), lambda: ddim, x, path, settings_of(case, path), draws=Given(case, f"{at}stage1.", len(x)),
         anchors=kept, keep=keep, pinned=pinned, given=None if free else given, whole=True,
     )  # fmt: skip
 
