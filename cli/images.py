@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import CommandError, line
@@ -31,6 +31,8 @@ def decoded(data: bytes, name: str) -> Image.Image:
             return opaque(picture)
     except CommandError:
         raise
+    except UnidentifiedImageError as e:
+        raise CommandError(f"{name} is not a readable PNG, JPEG or WebP picture (it begins with {data[:8]!r})") from e
     except Exception as e:  # what Pillow raises for a damaged file is anything
         raise CommandError(f"{name} is not a readable PNG, JPEG or WebP picture ({line(e)[:80]})") from e
 
