@@ -54,8 +54,8 @@ def test_difficult_texts_have_transformers_ids(folder: str):
 
     theirs, ours = CLIPTokenizer.from_pretrained(TINY / folder), tiny(folder)
     draw = random.Random(folder)
-    texts = ["".join(draw.choice(PIECES) for _ in range(draw.randint(0, 12))) for _ in range(600)]
-    texts += ["".join(chr(draw.randrange(0x20, 0xD800)) for _ in range(8)) for _ in range(200)]
+    texts = ["".join(draw.choice(PIECES) for _ in range(draw.randint(0, 12))) for _ in range(1500)]
+    texts += ["".join(chr(draw.randrange(0x20, 0xD800)) for _ in range(8)) for _ in range(500)]
     texts += ["quality " * 1250, "!" * 1000, "\u0301" * 300]
     for text in texts:
         assert ours.ids(text) == theirs(text)["input_ids"], text
