@@ -1,13 +1,19 @@
 """Methods stacked: a method at the setting that changes nothing leaves every other one as it is, above and beneath it;
 two at once are in each other's way nowhere; gradients pass through them, and one graph holds them."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from diaphane.kernels.device import TRITON_INSTALLED
 from diaphane.methods.attention_maps import SharedMaps
 from diaphane.methods.consistory import Heard, Told, consistory, others, places
 from diaphane.methods.freeu import FreeU, freeu
@@ -193,3 +199,16 @@ def test_everything_at_once_is_one_graph_that_is_compiled_once(unet: UNet):
         times = torch.full((ROWS,), t, dtype=torch.float64)
         torch.testing.assert_close(whole(X, times), call(X, times), rtol=1e-9, atol=1e-9)
     assert compiled.frame_count == 1
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")
+def test_the_triton_kernels_draw_a_subject_and_an_image_prompt_as_exactly_as_torch():
+    script, env = Path(__file__).parent / "interpreted_story.py", {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert [row["way"] for row in rows] == ["alone", "image prompt"]
+    for row in rows:
+        assert row["launched"] == [f"{name}_kernel" for name in ("compact", "forward", "gather", "maps", "match")]
+        assert row["moved"] > 0.01
+        assert row["triton"] <= 2 * row["torch"] + 1e-6
