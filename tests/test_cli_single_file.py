@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,10 +160,10 @@ def test_an_interruption_leaves_whole_files_and_resume_makes_the_others(
             raise KeyboardInterrupt
         replace(part, path)
 
-    def drawing(*given: object) -> object:
+    def drawing(*given: Any, **more: Any) -> Any:
         if (tmp_path / "o" / "0001.png").exists():
             raise KeyboardInterrupt
-        return pictures(*given)  # type: ignore[arg-type]
+        return pictures(*given, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(*(("os.replace", written) if moment == "writing" else (t2i, "pictures", drawing)))

@@ -113,7 +113,7 @@ def test_an_attention_is_that_to_text_plus_lambda_times_that_to_the_picture():
     rows = []
     for i in range(4):
         heads = []
-        for h in range(attn.heads):
+        for h in range(attn.split[0]):
             cut = slice(16 * h, 16 * (h + 1))
             own = (q[i, :, cut] @ k[i, :, cut].T / 4).softmax(-1) @ v[i, :, cut]
             ki, vi = (m[index](tokens[i])[:, cut] for m in (net.k, net.v))
