@@ -1,6 +1,7 @@
 """LoRA: every spelling finds its weight, merged and beside are one definition, and what does not match is refused."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -401,3 +402,27 @@ def test_the_header_that_diffusers_writes_is_read(tmp_path: Path, whole: pipelin
     said = _collate_lora_metadata({"unet": pipe.unet, "text_encoder": pipe.text_encoder})
     pipe.save_lora_weights(tmp_path, **layers, **said)
     check_fused(pipe, tmp_path / "pytorch_lora_weights.safetensors", whole, 0.7)
+
+
+OLD = {
+    "text encoders of PEFT": (r"^text_encoder\.", "base_model.model.text_encoder."),
+    "text encoders of early 2023": (r"self_attn\.q_proj\.", "self_attn.to_q."),
+    "UNets of PEFT": (r"^unet\.", "base_model.model.unet."),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_older_and_longer_names_are_the_same_weights(whole: pipeline.Pipeline, name: str):
+    tensors, said = spelled("PEFT", raw("PEFT"))
+    renamed = {re.sub(*OLD[name], key): tensor for key, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    got, want = (lora.matched(found, whole.parts, said) for found in (renamed, tensors))
+    assert {part: rows.keys() for part, rows in got.items()} == {part: rows.keys() for part, rows in want.items()}
+
+
+def test_factors_that_are_not_finite_are_refused_by_name(whole: pipeline.Pipeline):
+    tensors, said = spelled("PEFT", raw("PEFT"))
+    key = next(key for key in tensors if key.endswith("lora_B.weight"))
+    tensors[key] = tensors[key].clone().index_fill(0, torch.tensor([1]), float("nan"))
+    with pytest.raises(WeightsError, match=r"values of .* up are not finite"):
+        lora.matched(tensors, whole.parts, said)

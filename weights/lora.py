@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import clip, hub, unet
 from .errors import ConfigError, LayoutError, MissingFileError, first
-from .files import check_floating, opened, sha256
+from .files import check_finite, check_floating, opened, sha256
 from .layout import foreign, state
 from .load import SUFFIXES, Network
 from .names import Shape, matrix, shape_of
@@ -146,6 +146,7 @@ def matched(
         else:
             rank = up.shape[1]
             scale = number(sides["alpha"], f"{key}.alpha") / rank if "alpha" in sides else alphas.scale(key, rank)
+            check_finite({f"{key} {side}": x for side, x in (("down", down), ("up", up))})
             out[part][name] = Factors(down, up, scale, key)
     if missing or unexpected or misshapen or doubled:
         message = f"{len(groups) - len(unexpected)} of {len(groups)} modules match"
@@ -209,13 +210,16 @@ def spelled(parts: Mapping[str, Network]) -> dict[str, tuple[str, str, Shape]]:
         if part == "unet":
             tables: Any = unet
             dotted, flat = (
-                {unet.LDM: ["diffusion_model"], unet.DIFFUSERS: ["unet", "base_model.model", ""]},
+                {
+                    unet.LDM: ["diffusion_model"],
+                    unet.DIFFUSERS: ["unet", "base_model.model.unet", "base_model.model", ""],
+                },
                 ["lora_unet"],
             )
             plan: Any = unet_plan(net.config)
         elif part.startswith("text_encoder"):
             tables, plan = clip, clip.Plan(**{name: net.config[name] for name in CLIP_PLAN})
-            dotted = {clip.TRANSFORMERS: [part], clip.FLAT: [part]}
+            dotted = {clip.TRANSFORMERS: [part, f"base_model.model.{part}"], clip.FLAT: [part]}
             flat = ["lora_te2" if part == "text_encoder_2" else "lora_te1"] + (["lora_te"] if one_text else [])
         else:
             continue
@@ -226,6 +230,8 @@ def spelled(parts: Mapping[str, Network]) -> dict[str, tuple[str, str, Shape]]:
                 module = p.names[column].removesuffix(".weight")
                 spellings = [f"{head}.{module}".strip(".") for head in heads]
                 spellings += [f"{head}_{module}".replace(".", "_") for head in flat]
+                if m := re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", module):  # diffusers' own, in early 2023
+                    spellings += [f"{head}.{m[1]}.to_{m[2]}" for head in heads]
                 known |= dict.fromkeys(spellings, (part, p.names[0], p.shape))
     return known
 
