@@ -133,9 +133,28 @@ def overlaps(views: Sequence[View], height: int, width: int) -> Tensor:
         if view.bottom > height or view.right - view.left > width:
             raise ValueError(f"{view} is no window of {height} x {width} latents: make windows of that size")
         count[view.top : view.bottom, columns(view, width, count.device)] += 1
-    if bool((count == 0).any()):
+    if not covered(views, height, width):
         raise ValueError(f"the windows leave parts of {height} x {width} latents uncovered: make windows of that size")
     return count
+
+
+def covered(views: Sequence[View], height: int, width: int) -> bool:
+    """Whether every latent is in some window; told from their edges alone, so that one graph holds a whole step."""
+    edges = sorted({0, *(y for view in views for y in (view.top, view.bottom) if y < height)})
+    for y in edges:
+        spans: list[tuple[int, int]] = []
+        for view in views:
+            if view.top <= y < view.bottom:
+                left, right = view.left % width, view.left % width + view.right - view.left
+                spans += [(left, right)] if right <= width else [(left, width), (0, right - width)]
+        reached = 0
+        for left, right in sorted(spans):
+            if left > reached:
+                return False
+            reached = max(reached, right)
+        if reached < width:
+            return False
+    return True
 
 
 def columns(view: View, width: int, device: torch.device) -> Tensor:

@@ -19,9 +19,15 @@ from diaphane.methods.consistory import Heard, Told, consistory, others, places
 from diaphane.methods.freeu import FreeU, freeu
 from diaphane.methods.instant_style import ImagePrompt, Term, instant_style
 from diaphane.methods.lora import beside
+from diaphane.methods.multidiffusion import multidiffusion, windows
+from diaphane.methods.prompt import Prompt
 from diaphane.methods.style_aligned import Sharing, style_aligned
+from diaphane.methods.style_chunks import chunked
+from diaphane.methods.text_to_image import denoiser
 from diaphane.model.ops import TORCH, Ops, Site
 from diaphane.model.unet import UNet
+from diaphane.samplers.parameterisation import Denoise
+from diaphane.samplers.schedule import scaled_linear
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -212,3 +218,23 @@ def test_the_triton_kernels_draw_a_subject_and_an_image_prompt_as_exactly_as_tor
         assert row["launched"] == [f"{name}_kernel" for name in ("compact", "forward", "gather", "maps", "match")]
         assert row["moved"] > 0.01
         assert row["triton"] <= 2 * row["torch"] + 1e-6
+
+
+def test_a_step_over_windows_and_a_step_in_chunks_are_one_graph_that_is_compiled_at_most_twice(unet: UNet):
+    text, ids = Prompt(CONTEXT[:N], POOLED[:N]), IDS[:N]
+
+    def some(rows: list[int], ops: Ops) -> Denoise:
+        own = Prompt(text.context[rows], text.pooled[rows] if text.pooled is not None else None)
+        return denoiser(unet, own, own.zeros(), schedule=scaled_linear(), ids=ids[rows], guidance=3.0, ops=ops)
+
+    wide = multidiffusion(lambda about: some([0] * len(about.views), TORCH), windows(16, 20, 12, 8), batch=3)
+    steps = {"windows": (wide, draw(1, 4, 16, 20))}
+    steps |= {f"chunks, kept {kept}": (chunked(some, [0, 0, 0], size=1, kept=kept), X[:N]) for kept in (False, True)}
+    for name, (step, x) in steps.items():
+        torch._dynamo.reset()
+        compiled = CompileCounter()
+        whole = torch.compile(step, backend=compiled, fullgraph=True)
+        for t in (900.0, 500.0, 100.0):
+            times = torch.full((len(x),), t, dtype=torch.float64)
+            torch.testing.assert_close(whole(x, times), step(x, times), rtol=1e-9, atol=1e-9)
+        assert compiled.frame_count <= 2, name
