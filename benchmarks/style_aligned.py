@@ -88,8 +88,8 @@ def published(n: int, sharing: Sharing) -> Ops:
     return replace(TORCH, attend=attend, group_norm=group_norm if sharing.norms else TORCH.group_norm)
 
 
-def times(name: str, side: int, n: int, steps: int, rounds: int, dtype: torch.dtype) -> list[dict]:
-    """Seconds of whole walks of n pictures: plain, ours, the published formulation, for two presets."""
+def times(name: str, side: int, n: int, steps: int, rounds: int, dtype: torch.dtype, presets: list[str]) -> list[dict]:
+    """Seconds of whole walks of n pictures: plain, ours, the published formulation."""
     unet, path, rows = network(name, dtype), leading(1000 // 20)[: steps + 1], []
     x = torch.randn(n, 4, side, side, generator=torch.Generator().manual_seed(2))
 
@@ -97,7 +97,7 @@ def times(name: str, side: int, n: int, steps: int, rounds: int, dtype: torch.dt
         denoise = speaking(unet, list(range(n)), n, ops)
         return lambda: last(ddim(denoise, x, scaled_linear(), path)).x
 
-    for preset in ("sdxl", "transfer"):
+    for preset in presets:
         sharing = PRESETS[preset].sharing
         rivals = {
             "plain": walk(TORCH),
@@ -166,6 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--net", choices=tuple(NETS), nargs="+", default=["tiny", "small"])
+    parser.add_argument("--presets", choices=tuple(PRESETS), nargs="+", default=["sdxl", "transfer"])
     parser.add_argument("--side", type=int, default=64, help="of the latents")
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1)
@@ -183,7 +184,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name in args.net:
-        rows += times(name, args.side, args.n, args.steps, args.rounds, dtype)
+        rows += times(name, args.side, args.n, args.steps, args.rounds, dtype, args.presets)
     rows += memory(args.net[-1], args.side, args.sets, args.dtype)
     write(rows, args.out / "style_aligned.csv")
 
