@@ -106,7 +106,7 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     if found and session.wanted is None:
         spent = time.perf_counter() - began
         part = shares(net.parts.unet, subjects.latent_size(net, plan.size))
-        steps = None if args.sampler == "heun" else args.steps  # which asks twice a step
+        steps = None if args.real or args.sampler == "heun" else args.steps  # which asks twice a step
         session.say(subject_sheet.report(found, part, steps, spent, net.device))
     if session.wants("sheet.png"):
         yield session.made("sheet.png", subject_sheet.sheet_of(args, drawn, found))

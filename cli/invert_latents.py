@@ -53,13 +53,7 @@ def options(p: argparse.ArgumentParser) -> None:
     text.add_argument("--size", type=size, help="WIDTHxHEIGHT in pixels, or one number (default: the model's own)")
     text.add_argument("--spacing", choices=("leading", "trailing", "linspace", "karras"),
                       help="which timesteps (default: as the model says)")  # fmt: skip
-    text.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
-    text.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt, in place of CLIP's")
-    text.add_argument("--literal", action="store_true", help='a "!" is text for SDXL\'s second tower too')
-    text.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
-    text.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, and how much of each")
-    text.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
-    latents.tiling(text)
+    latents.parts(text)
     text.add_argument("--low-vram", action="store_true", help="each part is on the device while it works only")
 
 

@@ -72,17 +72,22 @@ def options(p: argparse.ArgumentParser) -> None:
     net.add_argument("--model", required=True, help="a single file (.safetensors), a folder of diffusers', a "
                      "repository on the Hub, or a name that `diaphane fetch` lists")  # fmt: skip
     net.add_argument("--file", help="the single file in a folder or repository")
-    net.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
-    net.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt (default: the model's "
-                     "own; for single files, which hold none, CLIP's, which ships with the package)")  # fmt: skip
-    net.add_argument("--literal", action="store_true", help='a "!" in a text is text for SDXL\'s second tower too, not '
-                     "padding as transformers has it")  # fmt: skip
-    net.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
-    net.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, folders or repositories, and how "
-                     "much of each (default: 1)")  # fmt: skip
+    parts(net)
     net.add_argument("--control-model", help="a ControlNet's file or folder, for --control")
-    net.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
-    tiling(net)
+
+
+def parts(p: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """The options that say which parts a model has, for commands that take models of other kinds too."""
+    p.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
+    p.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt (default: the model's "
+                   "own; for single files, which hold none, CLIP's, which ships with the package)")  # fmt: skip
+    p.add_argument("--literal", action="store_true", help='a "!" in a text is text for SDXL\'s second tower too, not '
+                   "padding as transformers has it")  # fmt: skip
+    p.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
+    p.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, folders or repositories, and how "
+                   "much of each (default: 1)")  # fmt: skip
+    p.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
+    tiling(p)
 
 
 def tiling(p: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
@@ -145,8 +150,7 @@ def loaded(args: argparse.Namespace) -> Loaded:
         raise CommandError(f"{args.model} came without a vocabulary for {lost[0]}, which has {rows} tokens, not the "
                            "49408 of CLIP: give --tokenizer, a folder with vocab.json and merges.txt")  # fmt: skip
     at = torch.device("cpu") if args.low_vram else device
-    literal = getattr(args, "literal", False)  # which not every command asks for
-    parts = components(files.parts, files.words, dtype=dtype, device=at, cut_pad=not literal)
+    parts = components(files.parts, files.words, dtype=dtype, device=at, cut_pad=not args.literal)
     paths, lines = {part: net.paths for part, net in files.parts.items()}, []
     for text, words in files.words.items():
         paths[f"tokeniser of {text}"] = tuple(path for path in (words.vocabulary, words.merges) if path)
@@ -168,7 +172,7 @@ def loaded(args: argparse.Namespace) -> Loaded:
         control = model_latent.build(net.family, net.config, net.tensors, dtype=dtype, device=at)
         paths["controlnet"] = net.paths
     return Loaded(parts, control, files.says, schedule_of(files.says), record(args.model, paths, name), device,
-                  args.low_vram, tuple(lines), getattr(args, "tile", None))  # fmt: skip
+                  args.low_vram, tuple(lines), args.tile)  # fmt: skip
 
 
 def weights_control(source: str) -> Any:

@@ -113,10 +113,10 @@ def planned(args: argparse.Namespace, session: Session, net: Loaded) -> Plan:
         raise CommandError("--real walks with the noise of DDPM: leave out --sampler and --eta")
     if args.real_prompt is not None and not args.real:
         raise CommandError("--real-prompt says what --real shows: give --real")
-    if not (args.real or net.kept) and not 1 <= args.anchors <= n:
-        raise CommandError(f"--anchors {args.anchors}: there are {n} pictures, and the first ones are the anchors")
     if not (args.real or net.kept) and n < 2 and not args.cache_out:
         raise CommandError("one picture has no other to be like: give a second prompt, --n, --cache-in or --real")
+    if not (args.real or net.kept) and not 1 <= args.anchors <= n:
+        raise CommandError(f"--anchors {args.anchors}: there are {n} pictures, and the first ones are the anchors")
     if args.cache_out and Path(args.cache_out).exists() and session.wanted is None:
         raise CommandError(f"{args.cache_out} exists: name another file for --cache-out")
     if args.cache_out and not Path(args.cache_out).absolute().parent.is_dir():

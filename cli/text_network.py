@@ -46,23 +46,17 @@ class Loaded(network.Loaded):
 def options(p: argparse.ArgumentParser) -> None:
     """The options of text-conditioned models, in a command that takes pixel networks too."""
     text = p.add_argument_group("Stable Diffusion XL, 1 and 2")
-    text.add_argument("--prompt", help='what the pictures show; "" for nothing in particular (default, for a folder '
-                      "with text encoders in it; needed for single files and repositories)")  # fmt: skip
+    text.add_argument("--prompt", help="what the pictures show (default: nothing; needed for repositories)")
     text.add_argument("--negative", help="what guidance leads away from (default: nothing)")
     text.add_argument("--guidance", type=shared.real(0, 100), default=1.0,
                       help="of every walk, up and down; 1 is none, and comes back best (default: 1)")  # fmt: skip
-    text.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
-    text.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt, in place of CLIP's")
-    text.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")
-    text.add_argument("--lora", nargs="+", metavar="NAME[:WEIGHT]", help="LoRA files, and how much of each")
-    text.add_argument("--prediction", choices=("eps", "v"), help="what the UNet predicts, where no file says it")
-    latents.tiling(text)
+    latents.parts(text)
 
 
 def loaded(args: argparse.Namespace) -> network.Loaded:
     """The network that the options name, of either kind."""
     if args.prompt is None and not latents.reads_text(args):
-        for name in ("negative", "variant", "tokenizer", "vae", "lora", "prediction", "tile"):
+        for name in ("negative", "variant", "tokenizer", "vae", "lora", "prediction", "tile", "literal"):
             if getattr(args, name):
                 raise CommandError(f"--{name} is for models that read text: give --prompt, which may be empty")
         return network.loaded(args)

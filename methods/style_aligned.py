@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.adain import adain
-from ..kernels.sources import Seen, Sources, SourcesError, also, everyone, shared
+from ..kernels.sources import Seen, Source, Sources, SourcesError, also, everyone, shared
 from ..model.ops import Ops, Site
 
 Sites = Callable[[Site], bool] | Collection[Site]
+Refs = Sequence[int | Sequence[int]]  # of each image its reference, or its references
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def grouped(groups: Sequence[Sequence[int]]) -> list[int]:
 
 def style_aligned(
     ops: Ops,
-    refs: Sequence[int],
+    refs: Refs,
     sharing: Sharing | None = None,
     *,
     sites: Sites | None = None,
@@ -102,6 +103,7 @@ def style_aligned(
 ) -> Ops:
     """Verbs in which image i of a batch takes the style of image refs[i]; refs[i] = i is a reference, or a free image.
 
+    Of several references, refs[i] = (r, ...), all are seen, and the first gives the statistics: the paper has one.
     `refs` has n entries, for batches of n images, of 2n (guidance: negative rows first) or any multiple.  `sites`, a
     set of sites or a predicate, are the self-attentions that share, by default all of them (`style_layers` names
     them); norms share everywhere, as in the authors' code.  `device` is where the network computes.
@@ -173,15 +175,25 @@ class Table:
     column: Tensor  # (S, 4), 1 where a segment ends
 
     @classmethod
-    def of(cls, refs: Sequence[int], sharing: Sharing, copies: int, device: torch.device | str) -> "Table":
+    def of(cls, refs: Refs, sharing: Sharing, copies: int, device: torch.device | str) -> "Table":
         """The table of n images, `copies` times one after the other."""
-        n = len(refs)
-        ref = [r + n * j for j in range(copies) for r in refs]
+        n, each = len(refs), [[r] if isinstance(r, int) else list(r) for r in refs]
+        if not all(each):
+            raise SourcesError("an image has one reference or more; its own number is none but itself")
+        rows = [[r + n * j for r in several] for j in range(copies) for several in each]
+        ref = [several[0] for several in rows]
+        one = shared(ref, 1, sharing.scale, sharing.shift, device)  # which checks them
         if sharing.all_see_all:
-            shared(ref, 1)  # whose checks are the same
             one = everyone([[i for i, r in enumerate(ref) if r == head] for head in dict.fromkeys(ref)], 1, device)
-        else:
-            one = shared(ref, 1, sharing.scale, sharing.shift, device)
+        elif any(len(several) > 1 for several in rows):
+            for i, several in enumerate(rows):
+                if len(set(several)) < len(several) or not all(0 <= r < len(ref) and rows[r] == [r] for r in several):
+                    raise SourcesError(
+                        f"the references of image {i % n} are others, which have none; got {each[i % n]}"
+                    )
+            seen = [[Source(r, 0, 1, sharing.scale, sharing.shift) for r in several if r != i]
+                    for i, several in enumerate(rows)]  # fmt: skip
+            one = Sources.of(seen, device)
         return cls.around(torch.tensor(ref, device=device), one)
 
     @classmethod

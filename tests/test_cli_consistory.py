@@ -156,7 +156,7 @@ def test_what_cannot_be_drawn_is_one_line_before_anything_is(
 
 
 def test_one_picture_alone_is_refused_unless_its_anchors_are_to_be_kept(capsys: pytest.CaptureFixture[str]):
-    assert "--anchors 2: there are 1 pictures" in refused(capsys, texts=TEXTS[:1])
+    assert "one picture has no other" in refused(capsys, texts=TEXTS[:1])
     assert "no other to be like" in refused(capsys, "--anchors", 1, texts=TEXTS[:1])
 
 

@@ -281,3 +281,26 @@ def test_a_styled_network_by_the_triton_kernels_errs_at_most_twice_as_much_as_by
         assert row["launches"] == 4
         assert row["moved"] > 0.01
         assert row["triton"] <= 2 * row["torch"] + 1e-7
+
+
+def test_an_image_with_several_references_sees_them_all_and_has_the_statistics_of_the_first():
+    q, k, v = (
+        torch.randn(4, 2, 6, 8, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(3)
+    )
+    site = Site("dec.1", 0, "self")
+    ops = style_aligned(TORCH, [0, 1, (1, 0), 0], Sharing(scale=0.5, shift=0.25))
+    out = ops.attend(site, q, k, v)
+    for i, seen in ((0, []), (1, []), (2, [1, 0]), (3, [0])):
+        ref = torch.tensor([0, 1, 1, 0])
+        a, b = reference.adain(q, ref), reference.adain(k, ref)
+        logits = [a[i] @ b[i].mT * 8**-0.5] + [a[i] @ k[r].mT * 0.5 * 8**-0.5 + 0.25 for r in seen]
+        want = torch.cat(logits, -1).softmax(-1) @ torch.cat([v[i], *(v[r] for r in seen)], -2)
+        torch.testing.assert_close(out[i], want, rtol=1e-9, atol=1e-9)
+    one = style_aligned(TORCH, [0, 0, (0,), 0]).attend(site, q, k, v)
+    assert torch.equal(one, style_aligned(TORCH, [0, 0, 0, 0]).attend(site, q, k, v))
+
+
+@pytest.mark.parametrize("refs", [[0, (0, 0)], [0, (0, 5)], [0, ()], [0, (0, 1)]])
+def test_several_references_that_cannot_be_are_an_error(refs):
+    with pytest.raises(SourcesError):
+        style_aligned(TORCH, refs)
