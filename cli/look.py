@@ -67,8 +67,8 @@ def parser() -> options.Parser:
 
 def point(text: str) -> str:
     """X,Y in 0 ... 1, as it is said."""
-    m = re.fullmatch(r"(0?\.\d+|[01](?:\.0*)?|0\.\d+),(0?\.\d+|[01](?:\.0*)?|0\.\d+)", text, re.ASCII)
-    if m is None:
+    share = r"(0?\.\d+|[01](\.0*)?)"
+    if re.fullmatch(f"{share},{share}", text, re.ASCII) is None:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no point: say 0.25,0.75")
     return text
 
@@ -86,17 +86,18 @@ def words_of(args: argparse.Namespace) -> list[str]:
 
 def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     """The pictures, what was held, and the page."""
-    net: Any = session.net
-    size, n = generate.sizes(args, net), len(args.prompt)
+    n = len(args.prompt)
     if n > MOST or args.batch != 1 or args.resume:
         raise CommandError(f"look draws 1 ... {MOST} texts together: leave --batch and --resume out")
-    if inpaints(net):
-        raise CommandError("the model is one for inpainting; name an ordinary one")
     if args.share and n < 2:
         raise CommandError("one picture has none to share with: give --share a second prompt")
     if args.eta and args.sampler != "ddim":
         raise CommandError("--eta is DDIM's fresh noise: give --sampler ddim")
     words = words_of(args)
+    net: Any = session.net
+    size = generate.sizes(args, net)
+    if inpaints(net):
+        raise CommandError("the model is one for inpainting; name an ordinary one")
     tokens = places_of(net.parts.tokenizers[-1], args.prompt, words)
     path = walk_of(args, net, seeded([args.seed]))[1]
     steps = sorted(spread(path, args.looks), reverse=True)

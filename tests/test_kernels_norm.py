@@ -96,6 +96,7 @@ def test_forward_mode_goes_through_the_written_out_verbs():
 
     _, slope = torch.func.jvp(run, (x,), (step,))
     torch.testing.assert_close(slope, (run(x + 1e-6 * step) - run(x - 1e-6 * step)) / 2e-6, rtol=1e-5, atol=1e-7)
+    assert torch.autograd.gradgradcheck(run, (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "strided"])
