@@ -186,9 +186,13 @@ def test_init_mask_control_and_lora_are_recorded_and_made_again(
     assert all((drawn[a] != drawn[b]).any() for i, a in enumerate(kinds) for b in kinds[:i])
     was = record(tmp_path / "lora" / "0001.png")["weights"]["sha256"][:12]
     write(lora, {key: 2 * t for key, t in tensors.items()})
-    assert run(capsys, "redo", tmp_path / "lora" / "0001.png", "--quiet", "--overwrite") == (2, "", f"""\
+    assert run(capsys, "redo", tmp_path / "lora" / "0001.png", "--quiet", "--overwrite") == (
+        2,
+        "",
+        f"""\
 diaphane redo: the weights of {MODEL} are others than the picture's (sha256 {was}...): give --model
-""")
+""",
+    )
 
 
 def test_a_masked_picture_is_kept_where_the_mask_is_black(
