@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .golden_latent import TINY, kind_of, parts, whole_entry, within
 from .golden_reader import Case, Entry, Folder
-from .golden_sampling import alone, runs
+from .golden_sampling import alone, guides, runs
 
 INPUTS = ("latents", "encoder_hidden_states", "text_embeds", "time_ids")
 # the files in ip_adapter that a UNet case's json does not name
@@ -157,7 +157,7 @@ def spoken(case: Case, n: int) -> Ops:
     several = isinstance(files, list)
     scale = scale[0] if not several and isinstance(scale, list) and len(scale) == 1 else scale  # of the one adapter
     said.get("content"), said.get("content_scale")  # the stored embeddings are the subtracted ones
-    prompts, guided = [], said["guidance_scale"] != 1
+    prompts, guided = [], guides(said)
     for i, file in enumerate(files if several else [files]):
         mine, more = scale[i] if several and isinstance(scale, list) else scale, {}
         if masks := next((name for name in (f"masks_{i}", "masks") if case.has(name)), ""):

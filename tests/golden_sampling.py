@@ -30,6 +30,7 @@ from .golden_reader import Case, Folder
 
 Speak = Callable[[Case, int], Ops]
 WALK = "scheduler steps strength steps_requested steps_run"
+TEXT = "negative_prompt prompt_2 negative_prompt_2 clip_skip original_size target_size crops_coords_top_left"
 START = frozenset(
     ("latents_unit", "timesteps", "model_input_0", "sigmas", "init_noise_sigma", "noise", "image_latents")
 ) | {"latent_mask", "masked_image_latents", "conv_in_weight_9ch"}
@@ -69,7 +70,7 @@ def parts_of(folder: Folder, stem: str) -> list[Case]:
             claims = claims & stored if name != "residuals" else claims
             found.append(Case(f"{stem}-{name}", check, folder, stem, claims, entry(folder, stem, *said)))
 
-    size = "height width num_images_per_prompt guidance_scale"
+    size = "height width num_images_per_prompt prompt guidance_scale"
     part("start", start, {"timesteps"}, START, f"{WALK} {size} mask")
     part("guidance", guidance, {"model_output_0", "latents_unit"}, STEPPED | {"model_output_0", "latents_unit"},
          f"{WALK} guidance_scale guidance_rescale", "atol_over_std note")  # fmt: skip
@@ -77,7 +78,7 @@ def parts_of(folder: Folder, stem: str) -> list[Case]:
     added = frozenset(name for name in stored if name.startswith(("mid_residual_", "down_residual_")))
     part("residuals", residuals, {"mid_residual_0", "control_image"},
          added | {"control_image", "latents_unit", "timesteps"},
-         f"{WALK} {size} prompt negative_prompt controlnet_conditioning_scale", "residual_atol")  # fmt: skip
+         f"{WALK} {size} {TEXT} controlnet_conditioning_scale", "residual_atol")  # fmt: skip
     return found
 
 
@@ -103,6 +104,21 @@ def begun(case: Case, path: list[int]) -> Tensor:
     return noise if full else noised(x0, noise, SCHEDULE(path[0]))
 
 
+def guides(said: Any) -> bool:
+    """Whether the reference has an unconditional half: at a scale of 1, or below, it has none."""
+    return said["guidance_scale"] > 1
+
+
+def pictures_of(said: Any) -> int:
+    """How many pictures a run draws."""
+    return said.get("num_images_per_prompt", 1) * (len(said["prompt"]) if isinstance(said["prompt"], list) else 1)
+
+
+def beside(x: Tensor, canvas: Tensor) -> Tensor:
+    """What an inpainting UNet sees: x, and the canvas for every picture."""
+    return torch.cat([x, canvas.expand(len(x), -1, -1, -1)], 1)
+
+
 def start(case: Case):
     said = case.settings["settings"]
     _, everything, path = walked(case)
@@ -111,19 +127,17 @@ def start(case: Case):
     within(case, "sigmas", sigmas, 1e-4)
     within(case, "init_noise_sigma", (sigmas[0] ** 2 + 1).sqrt(), 1e-4)
     x = begun(case, path)
-    n = said.get("num_images_per_prompt", len(x))
-    assert x.shape == (n, 4, said["height"] // 8, said["width"] // 8)
+    assert x.shape == (pictures_of(said), 4, said["height"] // 8, said["width"] // 8)
     seen = x
     if case.has("latent_mask"):
         assert said["mask"]
         mask = case.input("latent_mask")
         assert set(mask.unique().tolist()) <= {0.0, 1.0}
         if case.has("masked_image_latents"):
-            seen = torch.cat([x, t2i.canvas(mask, case.input("masked_image_latents"))], 1)
+            seen = beside(x, t2i.canvas(mask, case.input("masked_image_latents")))
     if case.has("conv_in_weight_9ch"):
         assert case.input("conv_in_weight_9ch").shape[1] == seen.shape[1]
-    times = 1 if said["guidance_scale"] == 1 else 2
-    within(case, "model_input_0", seen.repeat(times, 1, 1, 1), 1e-5)
+    within(case, "model_input_0", seen.repeat(1 + guides(said), 1, 1, 1), 1e-5)
 
 
 def bound_of(case: Case) -> float:
@@ -136,7 +150,7 @@ def bound_of(case: Case) -> float:
 def guidance(case: Case):
     said, eps = case.settings["settings"], case.input("model_output_0")
     scheduler, _, path = walked(case)
-    if said["guidance_scale"] != 1:
+    if guides(said):
         eps = guide(*halves(eps), said["guidance_scale"], said.get("guidance_rescale", 0.0))
     else:
         said.get("guidance_rescale")
@@ -179,7 +193,7 @@ def residuals(case: Case):
     context = torch.cat([prompt.context for prompt in rows])
     pooled = torch.cat([prompt.pooled for prompt in rows if prompt.pooled is not None])
     net = control(case)
-    embed = conditioning(net.net, Prompt(context, pooled), size_ids((said["height"], said["width"]), len(context)))
+    embed = conditioning(net.net, Prompt(context, pooled), ids_of(said, len(context)))
     found = net.residuals(x.repeat(len(rows), 1, 1, 1), torch.full((len(context),), path[0]), embed)
     for name in sorted(case.claims - {"control_image", "latents_unit", "timesteps"}):
         ours = found.h if name == "mid_residual_0" else found.skips[int(name.removeprefix("down_residual_0_"))]
@@ -195,29 +209,31 @@ def prompts(said: Any, n: int) -> tuple[Prompt, Prompt]:
     return positive.repeated(n // len(positive.context)), negative.repeated(n // len(negative.context))
 
 
+def ids_of(said: Any, n: int) -> Tensor:
+    """The size ids of n pictures."""
+    return size_ids((said["height"], said["width"]), n, original=said.get("original_size"),
+                    target=said.get("target_size"), crop=tuple(said.get("crops_coords_top_left", (0, 0))))  # fmt: skip
+
+
 def run(case: Case, speak: Speak):
     said = case.settings["settings"]
-    size = (said["height"], said["width"])
     scheduler, _, path = walked(case)
     within(case, "timesteps", torch.tensor(path[:-1], dtype=torch.float32), 0)
     x = begun(case, path)
-    n = said.get("num_images_per_prompt", 1) * (len(said["prompt"]) if isinstance(said["prompt"], list) else 1)
+    n = pictures_of(said)
     assert len(x) == n
     positive, negative = prompts(said, n)
-    ids = size_ids(size, n, original=said.get("original_size"), target=said.get("target_size"),
-                   crop=tuple(said.get("crops_coords_top_left", (0, 0))))  # fmt: skip
     unet, canvas = network(case)
     denoise = t2i.denoiser(
-        unet, positive, negative, schedule=SCHEDULE, ids=ids, guidance=said["guidance_scale"],
-        rescale=said.get("guidance_rescale", 0.0), ops=speak(case, n), canvas=canvas,
+        unet, positive, negative if guides(said) else None, schedule=SCHEDULE, ids=ids_of(said, n),
+        guidance=said["guidance_scale"], rescale=said.get("guidance_rescale", 0.0), ops=speak(case, n), canvas=canvas,
         controls=[control(case)] if case.has("control_image") else [],
     )  # fmt: skip
     if case.has("latent_mask"):
         assert said["mask"]
     if case.has("model_input_0"):
-        both = 1 if said["guidance_scale"] == 1 else 2
-        seen = x if canvas is None else torch.cat([x, canvas.expand(n, -1, -1, -1)], 1)
-        within(case, "model_input_0", seen.repeat(both, 1, 1, 1), 1e-5)
+        seen = x if canvas is None else beside(x, canvas)
+        within(case, "model_input_0", seen.repeat(1 + guides(said), 1, 1, 1), 1e-5)
     steps = walk(case, denoise, x, path, canvas)
     bound = bound_of(case)
     assert len(steps) == len(case.input("latents_per_step"))

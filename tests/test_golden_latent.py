@@ -100,24 +100,24 @@ def test_a_changed_tensor_fails(copy: Path):
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "ddim"])
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [0.5, 1.0, 3.0])
 def test_other_seeds_sizes_batches_and_flags_run_without_an_image_prompt(
     tmp_path: Path, scheduler: str, guidance: float
 ):
     (tmp_path / "instantstyle").mkdir()
     said = {
-        "prompt": "a dog", "negative_prompt": "low", "guidance_scale": guidance, "steps": 3, "scheduler": scheduler,
-        "num_images_per_prompt": 2, "height": 64, "width": 96, "guidance_rescale": 0.5, "adapter": None,
-        "crops_coords_top_left": [8, 0],
+        "prompt": ["a dog", "a fox"], "negative_prompt": "low", "guidance_scale": guidance, "steps": 3,
+        "scheduler": scheduler, "num_images_per_prompt": 1, "height": 64, "width": 96, "guidance_rescale": 0.5,
+        "adapter": None, "crops_coords_top_left": [8, 0],
     }  # fmt: skip
     x, path = seeded([7, 8])(torch.empty(2, 4, 8, 12)), path_of(scheduler, 3)
-    texts = [encode(parts(), text).repeated(2) for text in ("a dog", "low")]
+    texts = [encode(parts(), ["a dog", "a fox"]), encode(parts(), "low").repeated(2) if guidance > 1 else None]
     ids = size_ids((64, 96), 2, crop=(8, 0))
     denoise = t2i.denoiser(parts().unet, *texts, schedule=SCHEDULE, ids=ids, guidance=guidance, rescale=0.5)
     with torch.no_grad():
         latents = [told(step.x, step.s, scheduler) for step in ddim(denoise, x, SCHEDULE, path)]
     tensors = {"latents_unit": x, "timesteps": torch.tensor(path[:-1], dtype=torch.float32),
-               "model_input_0": x.repeat(1 if guidance == 1 else 2, 1, 1, 1),
+               "model_input_0": x.repeat(2 if guidance > 1 else 1, 1, 1, 1),
                "latents_per_step": torch.stack(latents), "final_latents": latents[-1].clone()}  # fmt: skip
     row = {"name": "08h_sample_plain", "settings": said, "tolerance": {"atol_over_std": 1e-4}}
     (tmp_path / "instantstyle" / "cases.json").write_text(json.dumps([row]))
@@ -125,6 +125,6 @@ def test_other_seeds_sizes_batches_and_flags_run_without_an_image_prompt(
     names = [case.name for case in collect(tmp_path)]
     assert names == ["instantstyle/08h_sample_plain-start", "instantstyle/08h_sample_plain-run"]
     assert failures(tmp_path) == []
-    row["settings"]["prompt"] = "a cat"
+    row["settings"]["prompt"] = ["a dog", "a cat"]
     (tmp_path / "instantstyle" / "cases.json").write_text(json.dumps([row]))
     assert failures(tmp_path) == ["instantstyle/08h_sample_plain-run"]
