@@ -99,7 +99,7 @@ def begin(case: Case):
 
 
 def knobs(said: Entry, refs: list[int], ops: Ops = TORCH, *, one: bool = False) -> Ops:
-    """The verbs that a case's settings describe; of `one` module alone, which shares whatever the level of a network."""
+    """The verbs that a case's settings describe; of `one` module alone, which shares whatever the level says."""
     flags = said["style_aligned"]
     on = said.get("handler_registered", True)
     if flags is None or not on:
