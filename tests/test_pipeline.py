@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,26 @@ def test_a_scheduler_says_prediction_schedule_and_timesteps(tmp_path: Path):
     assert (says.betas, says.beta_0, says.beta_1, says.zero_negative) == ("linear", 1e-4, 0.02, False)
 
 
+def test_what_a_scheduler_does_not_say_is_what_diffusers_does_without_it(tmp_path: Path):
+    import diffusers
+
+    path = folder(tmp_path) / "scheduler/scheduler_config.json"
+    kinds = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+             "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
+             "KDPM2DiscreteScheduler", "LCMScheduler", "TCDScheduler", "LMSDiscreteScheduler"]  # fmt: skip
+    for kind in kinds:
+        path.write_text(json.dumps({"_class_name": kind, "use_karras_sigmas": True}))
+        theirs = {name: p.default for name, p in signature(getattr(diffusers, kind).__init__).parameters.items()}
+        ours = pipeline.load(path.parents[1]).says
+        assert ours.betas == theirs["beta_schedule"]
+        assert (ours.beta_0, ours.beta_1) == (theirs["beta_start"], theirs["beta_end"])
+        assert (ours.spacing, ours.offset, ours.karras) == (theirs["timestep_spacing"], theirs["steps_offset"], True)
+
+
 @pytest.mark.parametrize("change", [{"prediction_type": "flow"}, {"beta_schedule": "sigmoid"}, {"trained_betas": [0.1]},
+                                    {"beta_start": float("nan")}, {"beta_end": 2.0}, {"beta_start": -1e-4},
+                                    {"beta_end": True}, {"beta_end": "0.02"}, {"num_train_timesteps": 0},
+                                    {"num_train_timesteps": 1e12}, {"steps_offset": -1},
                                     {"timestep_spacing": "odd"}, {"steps_offset": "x"},
                                     {"_class_name": "EDMDPMSolverMultistepScheduler"},
                                     {"_class_name": "FlowMatchEulerDiscreteScheduler"}])  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from .errors import ConfigError
@@ -9,6 +10,13 @@ from .errors import ConfigError
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "eps": "eps", "v": "v", "x0": "x0"}
 BETAS = {"scaled_linear": "scaled_linear", "linear": "linear", "squaredcos_cap_v2": "cosine"}
 SPACINGS = ("leading", "trailing", "linspace")
+# what diffusers' schedulers do where a key is not there: betas by the first name that fits, spacing by the kind of step
+SILENT = {
+    ("LCM", "TCD"): ("scaled_linear", 0.00085, 0.012),
+    ("Heun", "KDPM2"): ("linear", 0.00085, 0.012),
+    ("DD", "PNDM", "Euler", "LMS", "DPMSolver", "DEIS", "UniPC", "SASolver"): ("linear", 1e-4, 0.02),
+}
+SPREAD = ("Euler", "Heun", "KDPM2", "LMS", "DPMSolver", "DEIS", "UniPC", "SASolver")  # linspace; others: leading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +31,7 @@ class Conventions:
     zero_terminal_snr: bool = False
     spacing: str = "leading"
     offset: int = 1
+    karras: bool = False  # sigmas between the spacing's ends as in Karras et al. 2022, where the sampler is in sigma
     zero_negative: bool = False  # no negative prompt: zeros, not the encoded ""
     aesthetic: bool = False  # the refiner's ids end in a score
     side: int = 512  # of pictures in training, in pixels
@@ -51,17 +60,28 @@ def of_scheduler(scheduler: Mapping[str, Any], index: Mapping[str, Any], unet: M
         raise ConfigError(f"scheduler_config.json is of {kind}, whose UNet is trained in other terms than eps, v or x0")
     if scheduler.get("trained_betas") is not None:
         raise ConfigError("scheduler_config.json gives betas one by one; schedules by formula are done here")
+    own = ("scaled_linear", 0.00085, 0.012)
+    betas, beta_0, beta_1 = next((row for names, row in SILENT.items() if kind.startswith(names)), own)
+    spread = "linspace" if kind.startswith(SPREAD) else "leading"
     size = unet.get("sample_size") or 64
+
+    def number(name: str, default: float, low: float, high: float) -> float:
+        value = scheduler.get(name, default)
+        if isinstance(value, bool) or not isfinite(value) or not low <= value <= high:
+            raise ConfigError(f"scheduler_config.json says {name} = {value!r}; it lies in {low:g} ... {high:g}")
+        return value
+
     try:
         return Conventions(
             prediction=said("prediction_type", PREDICTIONS, "epsilon"),
-            betas=said("beta_schedule", BETAS, "scaled_linear"),
-            beta_0=float(scheduler.get("beta_start", 0.00085)),
-            beta_1=float(scheduler.get("beta_end", 0.012)),
-            steps=int(scheduler.get("num_train_timesteps", 1000)),
+            betas=said("beta_schedule", BETAS, betas),
+            beta_0=float(number("beta_start", beta_0, 1e-12, 0.999)),
+            beta_1=float(number("beta_end", beta_1, 1e-12, 0.999)),
+            steps=int(number("num_train_timesteps", 1000, 1, 1_000_000)),
             zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
-            spacing=said("timestep_spacing", dict(zip(SPACINGS, SPACINGS, strict=True)), "leading"),
-            offset=int(scheduler.get("steps_offset", 0)),
+            spacing=said("timestep_spacing", dict(zip(SPACINGS, SPACINGS, strict=True)), spread),
+            offset=int(number("steps_offset", 0, 0, 1_000_000)),
+            karras=bool(scheduler.get("use_karras_sigmas", False)),
             zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
             aesthetic=bool(index.get("requires_aesthetics_score", False)),
             side=8 * int(max(size) if isinstance(size, list) else size),
