@@ -31,6 +31,12 @@ def _dot(a, b, acc, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _gain(at):
+    """A scale, or a shift, in float32: the interpreter's are float64."""
+    return tl.load(at).to(tl.float32)
+
+
+@triton.jit
 def _tile(
     acc, total, top, q, kp, vp, start, end, n, d, k_n, v_n, gain,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
@@ -137,7 +143,7 @@ def forward_kernel(
         kp, vp = PK + p * pk_b + h64 * pk_h, PV + p * pv_b + h64 * pv_h
         acc, total, top = _source(
             acc, total, top, q, kp, vp, tl.load(SEGMENTS + 4 * s + 2), tl.load(SEGMENTS + 4 * s + 3), d, pk_n, pv_n,
-            gain * tl.load(GAINS + 2 * s), tl.load(GAINS + 2 * s + 1) * LOG2E,
+            gain * _gain(GAINS + 2 * s), _gain(GAINS + 2 * s + 1) * LOG2E,
             D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, WIDEN,
         )  # fmt: skip
     to = OUT + ((b64 * n_q + m)[:, None] * H + h) * D + d[None, :]
@@ -220,9 +226,9 @@ def queries_kernel(
     for s in tl.range(tl.load(OFFSETS + b), tl.load(OFFSETS + b + 1), num_stages=1):
         p = tl.load(SEGMENTS + 4 * s + 1).to(tl.int64)
         kp, vp = PK + p * pk_b + h64 * pk_h, PV + p * pv_b + h64 * pv_h
-        weight = tl.load(GAINS + 2 * s)
+        weight = _gain(GAINS + 2 * s)
         acc = _query_source(
-            acc, q, g, lse - tl.load(GAINS + 2 * s + 1) * LOG2E, delta, kp, vp,
+            acc, q, g, lse - _gain(GAINS + 2 * s + 1) * LOG2E, delta, kp, vp,
             tl.load(SEGMENTS + 4 * s + 2), tl.load(SEGMENTS + 4 * s + 3), d, pk_n, pv_n, scale * LOG2E * weight, weight,
             D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, WIDEN,
         )  # fmt: skip
@@ -282,11 +288,11 @@ def keys_kernel(
     for s in tl.range(0, segments, num_stages=1):
         lo, hi = tl.load(SEGMENTS + 4 * s + 2), tl.load(SEGMENTS + 4 * s + 3)
         if (tl.load(SEGMENTS + 4 * s + 1) == at) & (lo < first + BLOCK_N) & (hi > first):
-            weight = tl.load(GAINS + 2 * s)
+            weight = _gain(GAINS + 2 * s)
             dk, dv = _key_source(
                 dk, dv, k, v, n, lo, hi, Q, G, LSE, DELTA, tl.load(SEGMENTS + 4 * s), h,
                 n_q, q_b, q_h, q_n, g_b, g_h, g_n,
-                scale * LOG2E * weight, weight, tl.load(GAINS + 2 * s + 1) * LOG2E,
+                scale * LOG2E * weight, weight, _gain(GAINS + 2 * s + 1) * LOG2E,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, WIDEN,
             )  # fmt: skip
     to = ((a64 * n_k + n)[:, None] * H + h) * D + d[None, :]

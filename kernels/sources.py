@@ -31,7 +31,7 @@ class Sources:
 
     offsets: Tensor  # int32 (B + 1,): image i owns segments offsets[i] to offsets[i + 1]
     segments: Tensor  # int32 (S, 4): image of the queries, image of the pool, start, stop
-    gains: Tensor  # float32 (S, 2): scale, shift
+    gains: Tensor  # (S, 2): scale, shift; float64 on a CPU, as they were given, and float32 elsewhere
     images: int  # of queries
     pool_images: int  # the least the pool must hold
     pool_rows: int
@@ -54,7 +54,7 @@ class Sources:
         return cls(
             torch.tensor(offsets, dtype=torch.int32).to(device),
             torch.tensor(segments, dtype=torch.int32).reshape(-1, 4).to(device),
-            torch.tensor(gains, dtype=torch.float32).reshape(-1, 2).to(device),
+            torch.tensor(gains, dtype=_kind(device)).reshape(-1, 2).to(device),
             len(seen),
             max((s[1] + 1 for s in segments), default=0),
             max((s[3] for s in segments), default=0),
@@ -64,7 +64,9 @@ class Sources:
     def none(cls, images: int, device: torch.device | str = "cpu") -> "Sources":
         """Nothing but the own keys; made on the device, which nobody waits for."""
         offsets = torch.zeros(images + 1, dtype=torch.int32, device=device)
-        return cls(offsets, offsets.new_zeros((0, 4)), torch.zeros((0, 2), device=device), images, 0, 0)
+        return cls(
+            offsets, offsets.new_zeros((0, 4)), torch.zeros((0, 2), dtype=_kind(device), device=device), images, 0, 0
+        )
 
     def listed(self) -> list[list[Source]]:
         """What `of` was given, without the empty ranges.  It waits for the device."""
@@ -116,6 +118,11 @@ def _union(a: Sources, b: Sources, images: int) -> Sources:
         max(a.pool_images, b.pool_images + images),
         max(a.pool_rows, b.pool_rows),
     )
+
+
+def _kind(device: torch.device | str) -> torch.dtype:
+    """The type of scales and shifts on a device."""
+    return torch.float64 if torch.device(device).type == "cpu" else torch.float32
 
 
 def _check(image: int, source: Source) -> None:
@@ -202,7 +209,9 @@ def _tables(counts: Tensor, runs: list[list[list[int]]], halves: int, rows: int)
     return Sources(
         known[: len(lengths)].cumsum(0).int(),
         torch.stack([images, half, edges[first.long()], edges[past.long()]], 1),
-        torch.eye(2, device=counts.device)[:1].repeat(len(listed), 1),  # a scale of 1, a shift of 0
+        torch.eye(2, dtype=_kind(counts.device), device=counts.device)[:1].repeat(
+            len(listed), 1
+        ),  # a scale of 1, a shift of 0
         len(runs) * halves,
         halves if listed else 0,
         rows if listed else 0,

@@ -57,6 +57,16 @@ def test_the_verbs_with_kernels_are_the_verbs_without_where_there_is_no_gpu():
     assert (triton().join, triton().add) == (TORCH.join, TORCH.add)
 
 
+def test_a_scale_and_a_shift_in_float64_are_those_that_were_given():
+    q, k, v = (torch.randn(2, 1, 9, 8, dtype=torch.float64) for _ in range(3))
+    out, lse = source_attention(q, k, v, shared([0, 0], 9, 0.7, 0.1))
+    logits = torch.cat([q[1] @ k[1].mT, q[1] @ k[0].mT * 0.7], -1) * 8**-0.5 + torch.tensor(
+        [0.0] * 9 + [0.1] * 9, dtype=torch.float64
+    )
+    torch.testing.assert_close(out[1], logits.softmax(-1) @ torch.cat([v[1], v[0]], 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse[1], logits.logsumexp(-1), rtol=1e-12, atol=1e-12)
+
+
 def test_a_shift_far_down_hides_a_source():
     q, k, v = (torch.randn(2, 1, 20, 8, dtype=torch.float64) for _ in range(3))
     out, _ = source_attention(q, k, v, shared([0, 0], 20, shift=-1e4))
