@@ -227,7 +227,7 @@ def test_what_a_scheduler_does_not_say_is_what_diffusers_does_without_it(tmp_pat
     path = folder(tmp_path) / "scheduler/scheduler_config.json"
     kinds = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
              "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler",
-             "KDPM2DiscreteScheduler", "LCMScheduler", "TCDScheduler", "LMSDiscreteScheduler"]  # fmt: skip
+             "KDPM2DiscreteScheduler", "LCMScheduler", "TCDScheduler"]  # fmt: skip
     for kind in kinds:
         path.write_text(json.dumps({"_class_name": kind, "use_karras_sigmas": True}))
         theirs = {name: p.default for name, p in signature(getattr(diffusers, kind).__init__).parameters.items()}
