@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diaphane.methods import text_to_image as t2i
-from diaphane.methods.controlnet import Control
+from diaphane.methods.controlnet import Control, between
 from diaphane.methods.prompt import Prompt, conditioning, encode, size_ids
 from diaphane.model.controlnet import ControlNet
 from diaphane.model.latent import build
@@ -30,7 +30,10 @@ from .golden_reader import Case, Folder
 
 Speak = Callable[[Case, int], Ops]
 WALK = "scheduler steps strength steps_requested steps_run"
-TEXT = "negative_prompt prompt_2 negative_prompt_2 clip_skip original_size target_size crops_coords_top_left"
+TEXT = (
+    "negative_prompt prompt_2 negative_prompt_2 clip_skip original_size target_size crops_coords_top_left "
+    "negative_original_size negative_target_size"
+)
 START = frozenset(
     ("latents_unit", "timesteps", "model_input_0", "sigmas", "init_noise_sigma", "noise", "image_latents")
 ) | {"latent_mask", "masked_image_latents", "conv_in_weight_9ch"}
@@ -78,7 +81,8 @@ def parts_of(folder: Folder, stem: str) -> list[Case]:
     added = frozenset(name for name in stored if name.startswith(("mid_residual_", "down_residual_")))
     part("residuals", residuals, {"mid_residual_0", "control_image"},
          added | {"control_image", "latents_unit", "timesteps"},
-         f"{WALK} {size} {TEXT} controlnet_conditioning_scale", "residual_atol")  # fmt: skip
+         f"{WALK} {size} {TEXT} controlnet_conditioning_scale control_guidance_start control_guidance_end",
+         "residual_atol")  # fmt: skip
     return found
 
 
@@ -180,7 +184,22 @@ def controlnet() -> ControlNet:
 def control(case: Case) -> Control:
     """The ControlNet of a case with its hint, whose values are 0 and 1."""
     hint = case.input("control_image").float().expand(-1, 3, -1, -1)
-    return Control(net=controlnet(), hint=hint, scale=case.settings["settings"]["controlnet_conditioning_scale"])
+    said = case.settings["settings"]
+    first, last = controlled(case)
+    return Control(net=controlnet(), hint=hint, scale=said["controlnet_conditioning_scale"], first=first, last=last)
+
+
+def controlled(case: Case) -> tuple[float | None, float | None]:
+    """The first and last timestep of a case that its ControlNet adds to; above all of them where it never does."""
+    said = case.settings["settings"]
+    start, end = said.get("control_guidance_start", 0.0), said.get("control_guidance_end", 1.0)
+    if (start, end) == (0, 1):
+        return None, None
+    _, _, path = walked(case)
+    try:
+        return between(path, start, end)
+    except ValueError:
+        return path[0] + 1, path[0] + 1
 
 
 def residuals(case: Case):
@@ -192,9 +211,10 @@ def residuals(case: Case):
     rows = [positive] if len(wanted) == len(x) else [negative, positive]  # of the conditional half, or of both
     context = torch.cat([prompt.context for prompt in rows])
     pooled = torch.cat([prompt.pooled for prompt in rows if prompt.pooled is not None])
-    net = control(case)
-    embed = conditioning(net.net, Prompt(context, pooled), ids_of(said, len(context)))
-    found = net.residuals(x.repeat(len(rows), 1, 1, 1), torch.full((len(context),), path[0]), embed)
+    net, t = control(case), torch.full((len(context),), path[0])
+    ids = torch.cat([ids_of(said, len(x), negative=prompt is negative) for prompt in rows])
+    embed = conditioning(net.net, Prompt(context, pooled), ids)
+    found = net.residuals(x.repeat(len(rows), 1, 1, 1), t, embed).scaled(float(net.on(t)))
     for name in sorted(case.claims - {"control_image", "latents_unit", "timesteps"}):
         ours = found.h if name == "mid_residual_0" else found.skips[int(name.removeprefix("down_residual_0_"))]
         within(case, name, ours, case.settings["tolerance"]["residual_atol"])
@@ -209,15 +229,21 @@ def prompts(said: Any, n: int) -> tuple[Prompt, Prompt]:
     return positive.repeated(n // len(positive.context)), negative.repeated(n // len(negative.context))
 
 
-def ids_of(said: Any, n: int) -> Tensor:
-    """The size ids of n pictures."""
-    return size_ids((said["height"], said["width"]), n, original=said.get("original_size"),
-                    target=said.get("target_size"), crop=tuple(said.get("crops_coords_top_left", (0, 0))))  # fmt: skip
+def ids_of(said: Any, n: int, *, negative: bool = False) -> Tensor:
+    """The size ids of n pictures, or those that their unconditional half is told."""
+    own = negative and bool(said.get("negative_original_size") and said.get("negative_target_size"))
+    names = [
+        f"{'negative_' if own else ''}{name}" for name in ("original_size", "target_size", "crops_coords_top_left")
+    ]
+    original, target, crop = (said.get(name) for name in names)
+    return size_ids((said["height"], said["width"]), n, original=original, target=target, crop=tuple(crop or (0, 0)))
 
 
 def run(case: Case, speak: Speak):
     said = case.settings["settings"]
     scheduler, _, path = walked(case)
+    assert said.get("eta", 0.0) == 0, "there is no noise among the tensors for eta > 0"
+    said.get("negative_crops_coords_top_left")  # which is of no use without sizes
     within(case, "timesteps", torch.tensor(path[:-1], dtype=torch.float32), 0)
     x = begun(case, path)
     n = pictures_of(said)
@@ -226,6 +252,7 @@ def run(case: Case, speak: Speak):
     unet, canvas = network(case)
     denoise = t2i.denoiser(
         unet, positive, negative if guides(said) else None, schedule=SCHEDULE, ids=ids_of(said, n),
+        negative_ids=ids_of(said, n, negative=True),
         guidance=said["guidance_scale"], rescale=said.get("guidance_rescale", 0.0), ops=speak(case, n), canvas=canvas,
         controls=[control(case)] if case.has("control_image") else [],
     )  # fmt: skip
