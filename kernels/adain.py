@@ -8,6 +8,8 @@ from torch import Tensor
 from . import reference
 from .device import dual, refuse, takes_triton
 
+CACHED = 1 << 20  # numbers of x, of which a CPU's cache holds a few copies
+
 
 def token_stats(q: Tensor, k: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """Mean over tokens and sqrt(variance + eps), of q and, where it is given, k, in one launch.
@@ -74,13 +76,21 @@ def _stats(q: Tensor, k: Tensor | None, eps: float) -> Tensor:
     rows = []
     for x in (q, k):
         if x is not None:
-            x = x.to(accumulator(x))
-            mean = x.mean(-2)
-            centred = x - mean[..., None, :]
-            off = centred.mean(-2)  # what rounding left in the mean
-            squares = centred.square().sum(-2) - x.shape[-2] * off.square()
-            rows.append(torch.stack([mean + off, (squares / max(x.shape[-2] - 1, 1) + eps).sqrt()]))
+            n, row = x.shape[-2], []
+            for part in x.split(few(x)):
+                part = part.to(accumulator(x))
+                mean = part.mean(-2)
+                centred = part - mean[..., None, :]
+                off = centred.mean(-2)  # what rounding left in the mean
+                squares = centred.square_().sum(-2) - n * off.square()
+                row.append(torch.stack([mean + off, (squares / max(n - 1, 1) + eps).sqrt()]))
+            rows.append(torch.cat(row, 1))
     return torch.stack(rows)
+
+
+def few(x: Tensor) -> int:
+    """How many images at a time let what is between two passes over them stay in a CPU's cache."""
+    return max(1, CACHED * len(x) // max(1, x.numel()))
 
 
 @_stats.register_fake
@@ -123,9 +133,11 @@ def _affine(x: Tensor, centre: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
         from . import adain_triton
 
         return adain_triton.centred_affine(x, centre, gain, offset)
-    y = torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-    centre, gain, offset = (c[..., None, :] for c in (centre, gain, offset))
-    return y.copy_(torch.addcmul(offset, x.to(accumulator(x)) - centre, gain))
+    y = token_major(x)
+    parts = (v.split(few(x)) for v in (y, x, *(c[..., None, :] for c in (centre, gain, offset))))
+    for to, part, mean, scale, level in zip(*parts, strict=True):
+        torch.addcmul(level, part.to(accumulator(x)) - mean, scale, out=to)
+    return y
 
 
 @_affine.register_fake

@@ -82,6 +82,7 @@ EDGES = [
         2, 2, 96, 64, sees="shared", refs=(0, 0), adain=True, scale=0.8, shift=1.3,
     ),
     Case("style-bare", "no AdaIN", 2, 2, 128, 64, sees="shared", refs=(1, 1)),
+    Case("between", "a reference that is not the first", 3, 1, 64, 64, sees="shared", refs=(1, 1, 1), adain=True),
     Case("one-image", "a reference alone", 1, 1, 64, 64, sees="shared", refs=(0,), adain=True),
     Case("everyone", "several sources an image", 3, 1, 70, 64, sees="everyone", refs=(0, 0, 0)),
     Case("odd", "token counts that fill no tile", 2, 1, 77, 64, sees="shared", refs=(0, 0), adain=True),

@@ -15,7 +15,6 @@ from .cases import CPU, EDGES, SDXL, Case, sources
 from .compact import Kept, compact, gather
 from .contests import OURS, Contest, Unavailable, compiled, entry
 from .source_attention import source_attention
-from .source_attention_torch import folded
 from .sources import Sources
 from .timing import Way
 
@@ -45,12 +44,9 @@ def contest(case: Case, dtype: torch.dtype, device: torch.device) -> Contest:
             ways |= {"concatenated, written out": partial(_logits, p)}
     if case.sees == "shared":
         calls = _fused(device)
-        ways |= {f"two calls and a merge, {name}": partial(_merged, p, call, False) for name, call in calls.items()}
-        if case.adain:
-            ways |= {
-                f"two calls and a merge, folded, {name}": partial(_merged, p, call, True)
-                for name, call in calls.items()
-            }
+        for fold in (False, True)[: 1 + case.adain]:
+            how = "two calls and a merge" + ", folded" * fold
+            ways |= {f"{how}, {name}": partial(_merged, p, call, fold) for name, call in calls.items()}
     ways |= {"varlen": partial(_varlen, p), "FlexAttention": partial(_flex, p)}
     return Contest("source_attention", case.name, case.why, p.work(), ways, p.judge)
 
@@ -173,7 +169,7 @@ def _merged(p: Problem, fused: Fused, fold: bool) -> Way:
     def run() -> Tensor:
         row: Tensor | float = 0.0
         if fold and p.ref is not None:
-            q, own, row = folded(p.q, token_stats(p.q, p.k), p.ref, p.scale)
+            q, own, row = _folded(p, p.ref)
             q, own, k = q.to(p.q.dtype), own.to(p.q.dtype), p.k
         else:
             q, k = p.aligned()
@@ -190,6 +186,18 @@ def _merged(p: Problem, fused: Fused, fold: bool) -> Way:
         return torch.cat([grouped[:, :1], torch.lerp(grouped[:, 1:], far, weight)], 1).flatten(0, 1)
 
     return Way(run)
+
+
+def _folded(p: Problem, ref: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """AdaIN of q; q against unchanged own keys; and what to add to a row of their logits: all images at once."""
+    i = ref.long()
+    (mean_q, std_q), (mean_k, std_k) = token_stats(p.q, p.k)[..., None, :]
+    gain_q, gain_k = std_q[i] / std_q, std_k[i] / std_k
+    centred = p.q - mean_q
+    q = torch.addcmul(mean_q[i], centred, gain_q)
+    own = torch.addcmul(mean_q[i] * gain_k, centred, gain_q * gain_k)
+    row = q @ mean_k[i].transpose(-2, -1) - own @ mean_k.transpose(-2, -1)
+    return q, own, row[..., 0] * p.scale
 
 
 def _masked(p: Problem, backend: SDPBackend) -> Way:

@@ -40,12 +40,13 @@ def forward(
     pk, pv = (k, v) if pk is None or pv is None else (pk, pv)
     for images, rows, gain, shift in _calls(offsets, segments, gains):
         kk, vv = (_rows(x, rows).expand(len(images), -1, -1, -1) for x in (pk, pv))
-        out_s, lse_s = _attend(_pick(seen, images), kk, vv, scale * gain)
-        lse_s = lse_s + shift
-        out_o, lse_o = _pick(out, images), _pick(lse, images)
-        weight = torch.sigmoid(lse_s - lse_o)[..., None].to(out.dtype)
-        _put(out, images, torch.lerp(out_o, out_s, weight))
-        _put(lse, images, torch.logaddexp(lse_o, lse_s))
+        at = _at(images)
+        out_s, lse_s = _attend(seen[at], kk, vv, scale * gain)
+        out_o, lse_o, lse_s = out[at], lse[at], lse_s + shift
+        out_o.lerp_(out_s, torch.sigmoid(lse_s - lse_o)[..., None].to(out.dtype))
+        torch.logaddexp(lse_o, lse_s, out=lse_o)
+        if not isinstance(at, slice):  # they are copies
+            out[at], lse[at] = out_o, lse_o
     if out.dtype != wanted.dtype or not out.transpose(1, 2).is_contiguous():
         out = token_major(wanted).copy_(out)
     return out, lse.contiguous()
@@ -59,11 +60,16 @@ def folded(q: Tensor, stats: Tensor, ref: Tensor, scale: float) -> tuple[Tensor,
     i = ref.long()
     (mean_q, std_q), (mean_k, std_k) = stats[..., None, :]
     gain_q, gain_k = std_q[i] / std_q, std_k[i] / std_k
-    centred = q - mean_q
-    seen = torch.addcmul(mean_q[i], centred, gain_q)
-    own = torch.addcmul(mean_q[i] * gain_k, centred, gain_q * gain_k)
-    row = seen @ mean_k[i].transpose(-2, -1) - own @ mean_k.transpose(-2, -1)
-    return seen, own, row[..., 0] * scale
+    seen, own, row = token_major(q), token_major(q), q.new_empty(q.shape[:3])
+    for b, r in enumerate(ref.tolist()):  # an image stays in cache, and products by its heads need no copy
+        if b == r:
+            seen[b], own[b], row[b] = q[b], q[b], 0
+            continue
+        centred, gain, level = q[b] - mean_q[b], gain_q[b], mean_q[r]
+        torch.addcmul(level, centred, gain, out=seen[b])
+        torch.addcmul(level * gain_k[b], centred, gain * gain_k[b], out=own[b])
+        torch.sub(seen[b] @ mean_k[r].mT, own[b] @ mean_k[b].mT, out=row[b, ..., None])
+    return seen, own, row * scale
 
 
 def backward(
@@ -112,9 +118,9 @@ def backward(
     dpk, dpv = torch.zeros_like(pk), torch.zeros_like(pv)
     for images, rows, gain, shift in _calls(offsets, segments, gains):
         kk, vv = (_rows(x, rows).expand(len(images), -1, -1, -1) for x in (pk, pv))
-        g_s, q_s, out_s, lse_s = (_pick(x, images) for x in (g, q, out, lse))
-        grads = _attend_backward(g_s, q_s, kk, vv, out_s, lse_s - shift, scale * gain)
-        _put(dq, images, _pick(dq, images) + grads[0])
+        at = _at(images)
+        grads = _attend_backward(g[at], q[at], kk, vv, out[at], lse[at] - shift, scale * gain)
+        dq[at] += grads[0]
         for total, part in ((dpk, grads[1]), (dpv, grads[2])):
             for source, piece in zip(rows, part.sum(0).split([s.stop - s.start for s in rows], 1), strict=True):
                 total[source.image, :, source.start : source.stop] += piece
@@ -167,12 +173,6 @@ def _rows(x: Tensor, rows: list[Source]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([p.transpose(1, 2) for p in parts], 1).transpose(1, 2)
 
 
-def _pick(x: Tensor, images: list[int]) -> Tensor:
-    """Those images, a view where they follow each other."""
-    if images == list(range(images[0], images[-1] + 1)):
-        return x[images[0] : images[-1] + 1]
-    return x[images]
-
-
-def _put(x: Tensor, images: list[int], value: Tensor) -> None:
-    x[images] = value
+def _at(images: list[int]) -> slice | list[int]:
+    """An index of those images, which gives a view where they follow each other."""
+    return slice(images[0], images[-1] + 1) if images == list(range(images[0], images[-1] + 1)) else images
