@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,9 @@ from diaphane.methods.style_layers import by_level, by_name, layers, plain
 from diaphane.model.ops import JVP, TORCH, Ops, Site
 from diaphane.model.sites import SiteError
 from diaphane.model.unet import SD15, SDXL
+from diaphane.samplers.parameterisation import Denoise
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from .style_world import CFG, F64, at, drawn, net, prompts, published, told
 
@@ -118,6 +120,29 @@ def test_a_set_in_chunks_is_the_whole_set(kept: bool, guidance: float, sharing: 
     for size in (1, 2, 9):
         denoise = chunked(lambda rows, ops: told(rows, ops, guidance), refs, sharing, size=size, kept=kept, sites=sites)
         assert (denoise(x, at(500, x)) - whole).abs().max() < 1e-9
+
+
+def most_allocated(denoise: Denoise, n: int) -> int:
+    """The most bytes at once of what the allocator gives and takes back in a step, inside operators too."""
+    x = drawn(n, 4, 8, 8)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        denoise(x, at(500, x))
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_a_set_in_chunks_takes_the_memory_of_one_chunk_and_a_few_kilobytes_of_latents_a_picture():
+    def of(n: int, way: str) -> int:
+        refs, sharing = [0] * n, Sharing(norms=True)
+        if way == "whole":
+            return most_allocated(told(list(range(n)), style_aligned(TORCH, refs, sharing), of=n), n)
+        kept = way == "kept"
+        return most_allocated(chunked(lambda rows, ops: told(rows, ops, of=n), refs, sharing, size=2, kept=kept), n)
+
+    latents = drawn(1, 4, 8, 8).nbytes  # eps is there in parts, side by side, and in order
+    assert of(13, "chunks") - of(3, "chunks") <= 10 * 3 * latents
+    assert of(13, "kept") - of(3, "kept") <= 10 * 3 * latents
+    assert of(13, "whole") - of(3, "whole") > 10 * 20 * latents
 
 
 def test_chunks_refuse_what_cannot_be_split():
