@@ -20,11 +20,13 @@ from ..samplers.heun import heun
 from ..samplers.inversion import last
 from ..samplers.noise import Noise, seeded
 from ..samplers.parameterisation import Denoise, noised
+from ..samplers.schedule import Schedule
 from . import images, latents
 from .errors import CommandError
 from .freed import freed
 from .session import Session
 
+EXACT = 2.0**-50  # the last alpha in the place of 0, in float64
 # what a method makes of a batch: of a denoiser that speaks given verbs, the timesteps that run, and which pictures
 Around = Callable[[Callable[[Ops], Denoise], list[float], range], Denoise]
 
@@ -65,16 +67,6 @@ def picture(session: Session, name: str, size: tuple[int, int]) -> Tensor:
 
 def walk_of(args: argparse.Namespace, net: latents.Loaded, noise: Noise) -> tuple[t2i.Walk, list[float]]:
     """The sampler, and the timesteps from noise to a clean picture."""
-    says, n, total = net.says, args.steps, net.says.steps
-    spacing = args.spacing or says.spacing
-    cut = args.sampler == "dpmpp" and spacing in ("leading", "linspace") and n < total // 2
-    makers: dict[str, Callable[[int], Sequence[float]]] = {
-        "leading": lambda n: paths.leading(n, total, offset=min(says.offset, total // n - 1)),
-        "trailing": lambda n: paths.trailing(n, total),
-        "linspace": lambda n: paths.linspace(n, total),
-        "karras": lambda n: paths.karras(net.schedule, n),
-    }
-    path = paths.without_lowest(makers[spacing](n + 1)) if cut else makers[spacing](n)
     walks: dict[str, t2i.Walk] = {
         "euler": euler,
         "euler-a": partial(euler_ancestral, noise=noise),
@@ -83,7 +75,39 @@ def walk_of(args: argparse.Namespace, net: latents.Loaded, noise: Noise) -> tupl
         "ddim": partial(ddim, eta=args.eta, noise=noise),
         "ddpm": partial(ddpm, noise=noise),
     }
-    return walks[args.sampler], list(path)
+    return walks[args.sampler], path_of(args, net)
+
+
+def karras(args: argparse.Namespace, net: latents.Loaded) -> bool:
+    """Whether sigmas are spaced as in Karras et al. 2022: by option, or as the model says for samplers in sigma."""
+    says = args.spacing is None and net.says.karras and args.sampler in ("euler", "heun", "dpmpp")
+    return args.spacing == "karras" or says
+
+
+def path_of(args: argparse.Namespace, net: latents.Loaded) -> list[float]:
+    """The timesteps from noise to a clean picture."""
+    says, n, total = net.says, args.steps, net.says.steps
+    if args.spacing == "karras" or (karras(args, net) and args.sampler == "dpmpp"):
+        return paths.karras(net.schedule, n)
+    spacing = args.spacing or says.spacing
+    cut = args.sampler == "dpmpp" and spacing in ("leading", "linspace") and n < total // 2
+    even = paths.fractions if args.sampler in ("euler", "euler-a", "heun") else paths.linspace
+    makers: dict[str, Callable[[int], Sequence[float]]] = {
+        "leading": lambda n: paths.leading(n, total, offset=min(says.offset, total // n - 1)),
+        "trailing": lambda n: paths.trailing(n, total),
+        "linspace": lambda n: even(n, total),
+    }
+    path = paths.without_lowest(makers[spacing](n + 1)) if cut else makers[spacing](n)
+    if karras(args, net) and n > 1:
+        return paths.karras(net.schedule, n, first=path[0], last=path[-2])
+    return list(path)
+
+
+def trained(args: argparse.Namespace, net: latents.Loaded) -> Schedule:
+    """The model's schedule; where it ends in noise alone, DDIM's and DDPM's walks in float64 come nearer to that."""
+    if net.says.zero_terminal_snr and args.sampler in ("ddim", "ddpm") and net.device.type != "mps":
+        return latents.schedule_of(net.says, EXACT)
+    return net.schedule
 
 
 def prepared(
@@ -134,6 +158,7 @@ def walked(
     positive, negative = said(args, net, texts)
     noise = seeded([args.seed + i for i in rows])
     walk, path = walk_of(args, net, noise)
+    schedule = trained(args, net)
     controls = [] if net.control is None else [Control(net=net.control, hint=scene["hint"], scale=args.control_scale)]
     with net.on(parts.unet, net.control):
         x = t2i.pure_noise(parts, noise, size, n)
@@ -141,27 +166,28 @@ def walked(
         if args.init:
             path = t2i.tail(path, strength(args))
             if not (args.mask and strength(args) == 1):
-                x = noised(scene["x0"].expand_as(z), z, net.schedule(path[0]))
+                x = noised(scene["x0"].expand_as(z), z, schedule(path[0]))
         if "trajectory" in scene:
             walk, path, x = scene["trajectory"].resumed(args.skip or 0, n, x)
+        x = x if schedule is net.schedule else x.double()
         ids = score_ids if net.says.aesthetic else size_ids
         sizes = ids(size, n) if parts.xl else None
         other = score_ids(size, n, score=2.5) if parts.xl and net.says.aesthetic else None
 
         def speaking(ops: Ops) -> Denoise:
             return t2i.denoiser(
-                parts.unet, positive, negative, schedule=net.schedule, ids=sizes, negative_ids=other,
+                parts.unet, positive, negative, schedule=schedule, ids=sizes, negative_ids=other,
                 prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
                 guidance=args.guidance, rescale=args.rescale, controls=controls, ops=freed(args, net, ops),
-                canvas=scene["canvas"] if inpaints(net) else None,
+                canvas=scene["canvas"] if inpaints(net) else None, whole_times=args.sampler == "dpmpp",
             )  # fmt: skip
 
         denoise = around(speaking, path, rows)
         if args.mask and not inpaints(net):
-            steps = t2i.repainted(walk, denoise, x, net.schedule, path, scene["x0"].expand_as(z), z, scene["mask"])
+            steps = t2i.repainted(walk, denoise, x, schedule, path, scene["x0"].expand_as(z), z, scene["mask"])
         else:
-            steps = walk(denoise, x, net.schedule, path)
-        return last(session.progress(steps, len(path) - 1, f"picture {rows[0] + 1} ... {rows[-1] + 1}")).x
+            steps = walk(denoise, x, schedule, path)
+        return last(session.progress(steps, len(path) - 1, f"picture {rows[0] + 1} ... {rows[-1] + 1}")).x.to(z)
 
 
 def cut_off(net: latents.Loaded, texts: Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..methods import text_to_image as t2i
 from . import freed, images, latents, options
-from .draw import Around, alone, check, cut_off, draw, prepared, strength
+from .draw import Around, alone, check, cut_off, draw, karras, prepared, strength
 from .errors import CommandError
 from .images import to_picture
 from .redo import record_of
@@ -148,7 +148,7 @@ def parameters(args: argparse.Namespace, net: latents.Loaded, text: str, seed: i
     told = {
         "Steps": args.steps,
         "Sampler": SAMPLERS[args.sampler],
-        "Schedule type": {"karras": "Karras"}.get(args.spacing, "Normal"),
+        "Schedule type": "Karras" if karras(args, net) else "Normal",
         "CFG scale": f"{args.guidance:g}",
         "Seed": seed,
         "Size": f"{size[1]}x{size[0]}",

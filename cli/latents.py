@@ -186,12 +186,12 @@ def weights_control(source: str) -> Any:
     return net
 
 
-def schedule_of(says: Conventions) -> Schedule:
-    """The noise schedule of a model's training."""
+def schedule_of(says: Conventions, floor: float = 2.0**-24) -> Schedule:
+    """The noise schedule of a model's training; `floor` is the last alpha where that is 0."""
     made = schedules.cosine(says.steps) if says.betas == "cosine" else getattr(schedules, says.betas)(
         says.steps, says.beta_0, says.beta_1
     )  # fmt: skip
-    return rescale_zero_terminal_snr(made) if says.zero_terminal_snr else made
+    return rescale_zero_terminal_snr(made, floor) if says.zero_terminal_snr else made
 
 
 def record(model: str, paths: dict[str, tuple[Path, ...]], dtype: str) -> dict[str, Any]:

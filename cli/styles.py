@@ -186,7 +186,8 @@ def denoiser(
     ids, other = conditions(net, size, len(prompts[0].context))
     return t2i.denoiser(unet, *prompts, schedule=net.schedule, ids=ids, negative_ids=other,
                         prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
-                        guidance=guidance, rescale=args.rescale, **more)  # fmt: skip
+                        guidance=guidance, rescale=args.rescale,
+                        whole_times=args.sampler == "dpmpp", **more)  # fmt: skip
 
 
 def pictured(

@@ -26,7 +26,7 @@ from ..model.vae import VAE
 from ..samplers.ddim import Step, Steps
 from ..samplers.guidance import Interval, guided
 from ..samplers.noise import Noise
-from ..samplers.parameterisation import Denoise, Prediction, as_eps, noised
+from ..samplers.parameterisation import Denoise, Prediction, as_eps, noised, whole
 from ..samplers.schedule import Schedule
 from .controlnet import Control, predicting
 from .prompt import Prompt, beside
@@ -49,19 +49,20 @@ def denoiser(
     interval: Interval | None = None,
     controls: Sequence[Control] = (),
     canvas: Tensor | None = None,
+    whole_times: bool = False,
     ops: Ops = TORCH,
     control_ops: Ops = TORCH,
 ) -> Denoise:
     """(x (B, 4, H, W), t (B,)) -> eps, guided away from `negative`; without it, or at guidance 1, not guided.
 
     Prompts, ids (and negative ids, by default the same) have B rows; guidance may be (B,).  `ops` hears of 2B rows
-    where guidance doubles the batch, the negative ones first (`samplers.guidance`).
+    where guidance doubles the batch, the negative ones first (`samplers.guidance`).  With `whole_times` the networks
+    are told the nearest whole timestep (`samplers.parameterisation.whole`).
     """
 
     def predict(prompt: Prompt, sizes: Tensor | None) -> Denoise:
-        return predicting(
-            unet, prompt, sizes, controls=controls, canvas=canvas, ops=ops, control_ops=control_ops
-        )  # fmt: skip
+        found = predicting(unet, prompt, sizes, controls=controls, canvas=canvas, ops=ops, control_ops=control_ops)
+        return whole(found) if whole_times else found
 
     alone = predict(positive, ids)
     if negative is None:
@@ -73,12 +74,12 @@ def denoiser(
 
 def latent_size(parts: Components, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) in pixels -> in latents.  A ValueError is raised for sizes that are no multiples of 8."""
-    whole = parts.factor
+    unit = parts.factor
     if not isinstance(size, tuple | list) or len(size) != 2 or not all(hasattr(side, "__index__") for side in size):
         raise ValueError(f"a size is (height, width), two whole numbers, not {size!r}")
-    if any(side < 1 or side % whole for side in size):
-        near = tuple(max(whole, round(side / whole) * whole) for side in size)
-        raise ValueError(f"height and width are multiples of {whole}, not {tuple(size)}: {near} is near")
+    if any(side < 1 or side % unit for side in size):
+        near = tuple(max(unit, round(side / unit) * unit) for side in size)
+        raise ValueError(f"height and width are multiples of {unit}, not {tuple(size)}: {near} is near")
     return size[0] // parts.factor, size[1] // parts.factor
 
 

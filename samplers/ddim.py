@@ -67,9 +67,16 @@ def ddim(
     *,
     eta: float = 0.0,
     noise: Noise | None = None,
+    reached: Sequence[float] | None = None,
 ) -> Steps:
-    """Walk x along `path`: downward it samples, upward it inverts.  Yields one Step per pair of timesteps."""
-    for t, s in pairwise(path):
+    """Walk x along `path`: downward it samples, upward it inverts.  Yields one Step per pair of timesteps.
+
+    `reached` says where each step ends if that is not where the next begins (`path.strided`).  A ValueError is raised
+    where it has not as many timesteps as there are steps.
+    """
+    if reached is not None and len(reached) != len(path) - 1:
+        raise ValueError(f"a path of {len(path) - 1} steps reaches as many timesteps; got {len(reached)}")
+    for t, s in pairwise(path) if reached is None else zip(path, reached, strict=False):
         eps = denoise(x, times(t, x))
         x, x0 = step(x, eps, schedule(t), schedule(s), eta=eta, noise=noise)
         sent = yield Step(t, s, x, x0, eps)

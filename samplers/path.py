@@ -73,6 +73,16 @@ def without_lowest(path: Sequence[Time]) -> list[Time]:
     return [*path[:-2], path[-1]]
 
 
+def strided(path: Sequence[int], steps: int = 1000) -> list[int]:
+    """Where diffusers' DDIM takes each step of a downward path: steps // n down, below 0 to the path's end.
+
+    That is where the next step begins on leading paths, and on trailing ones where n divides `steps`; elsewhere
+    `ddim(..., reached=strided(path))` repeats it, and `ddim(...)` alone loses nothing between two steps.
+    """
+    gap = steps // max(len(path) - 1, 1)
+    return [t - gap if t >= gap else path[-1] for t in path[:-1]]
+
+
 def upward(path: Sequence[Time]) -> list[Time]:
     """The same timesteps in the order of inversion; the clean image stands in for the lowest noisy one."""
     return [t for t in reversed(path) if t >= 0]

@@ -95,7 +95,9 @@ def cosine(steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) ->
 def rescale_zero_terminal_snr(schedule: Schedule, floor: float = 2.0**-24) -> Schedule:
     """sqrt(alpha) shifted and scaled so that the last timestep is noise alone (Lin et al. 2024, algorithm 1).
 
-    The last alpha is `floor` in the place of 0, where x_0 could not be had from eps and sigma would be infinite.
+    The last alpha is `floor` in the place of 0, where x_0 could not be had from eps and sigma would be infinite.  2^-24
+    is what float32 can carry, and where diffusers' Euler stops.  Its DDIM and DDPM have 0 itself, which 2^-50 comes to
+    in a walk of float64 (x in float64; the network computes in its own type).
     """
     if len(schedule) < 2 or not 0 < floor < float(schedule.alphas[-1]):
         raise ValueError(f"the floor lies between 0 and the last alpha of at least two; got {floor:g}")

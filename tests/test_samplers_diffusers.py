@@ -1,6 +1,7 @@
 """Schedules, spacings, DDIM and DDPM against diffusers' schedulers, step by step."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from diaphane.samplers import path
 from diaphane.samplers.ddim import ddim
 from diaphane.samplers.ddpm import Variance, ddpm
 from diaphane.samplers.parameterisation import Prediction, as_eps
-from diaphane.samplers.schedule import Schedule, cosine, linear, scaled_linear
+from diaphane.samplers.schedule import Schedule, cosine, linear, rescale_zero_terminal_snr, scaled_linear
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
@@ -87,6 +88,42 @@ def test_ddim_takes_diffusers_steps(name: str, eta: float, kind: Prediction):
         close(step.x, x)
         close(step.x0, out.pred_original_sample)
     assert i >= 6
+
+
+@pytest.mark.parametrize(("spacing", "clean"), [("trailing", True), ("linspace", True), ("linspace", False)])
+@pytest.mark.parametrize("n", [1, 6, 7, 30])
+def test_ddim_goes_as_far_as_diffusers_where_steps_do_not_divide_the_schedule(n: int, spacing: str, clean: bool):
+    scheduler = DDIMScheduler(timestep_spacing=spacing, set_alpha_to_one=clean, clip_sample=False)
+    scheduler.set_timesteps(n)
+    walk = getattr(path, spacing)(n, end=-1 if clean else 0)
+    walk = [*scheduler.timesteps.tolist(), walk[-1]]  # linspace's one step is the first timestep there
+    x = X
+    for step in ddim(network, X, linear(), walk, reached=path.strided(walk)):
+        x = scheduler.step(network(x, torch.full((2,), float(step.t))), int(step.t), x).prev_sample
+        close(step.x, x)
+    with pytest.raises(ValueError, match="reaches as many timesteps"):
+        next(ddim(network, X, linear(), walk, reached=[*walk, 0]))
+
+
+@pytest.mark.parametrize("kind", [DDIMScheduler, DDPMScheduler])
+@pytest.mark.parametrize("n", [2, 5])
+def test_from_noise_alone_ddim_and_ddpm_in_float64_take_diffusers_steps(n: int, kind: type):
+    scheduler = kind(timestep_spacing="trailing", prediction_type="v_prediction", clip_sample=False,
+                     rescale_betas_zero_snr=True)  # fmt: skip
+    scheduler.set_timesteps(n)
+    assert scheduler.alphas_cumprod[-1] == 0
+    schedule = rescale_zero_terminal_snr(linear(), 2.0**-50)
+    denoise, generators = as_eps(network, schedule, "v"), [torch.Generator().manual_seed(4) for _ in range(2)]
+    walks = {
+        DDIMScheduler: ddim,
+        DDPMScheduler: partial(ddpm, noise=lambda x: torch.randn(x.shape, generator=generators[0])),
+    }
+    x, more = X, {"generator": generators[1]} if kind is DDPMScheduler else {}
+    for step in walks[kind](denoise, X.double(), schedule, path.trailing(n)):
+        out = scheduler.step(network(x, torch.full((2,), float(step.t))), step.t, x, **more)
+        x = out.prev_sample
+        close(step.x.float(), x, 1e-3 if more else 1e-4)
+        close(step.x0.float(), out.pred_original_sample, 1e-3 if more else 1e-4)
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
