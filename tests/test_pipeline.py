@@ -282,6 +282,25 @@ def test_losses_and_counters_of_an_autoencoders_training_are_left_out(tmp_path: 
     assert found.tensors.keys() == plain.tensors.keys()
 
 
+def test_what_merged_single_files_hold_besides_is_read_or_left_out(tmp_path: Path):
+    plain = pipeline.load(single(tmp_path, lambda _: None), given=GIVEN)
+    text, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{second}text_projection.weight"] = tensors.pop(f"{second}text_projection").mT.contiguous()
+        tensors |= {f"{text}logit_scale": torch.tensor(4.6), "scale_factor": torch.tensor(0.2)}
+        tensors |= {f"{second}position_ids": torch.arange(77)[None]}
+        tensors |= {f"{text}text_model.embeddings.position_ids": torch.arange(77)[None].bfloat16()}
+
+    found = pipeline.load(single(tmp_path, change), given=GIVEN)
+    for name, part in plain.parts.items():
+        assert all(torch.equal(t, found.parts[name].tensors[key]) for key, t in part.tensors.items())
+    assert (plain.parts["vae"].config["scaling"], found.parts["vae"].config["scaling"]) == (0.13025, 0.2)
+    for wrong in (torch.zeros(()), torch.ones(2), torch.tensor(float("nan"))):
+        with pytest.raises(ConfigError, match="scale_factor is not one positive number"):
+            pipeline.load(single(tmp_path, lambda tensors, w=wrong: tensors.update(scale_factor=w)), given=GIVEN)
+
+
 def ldm(net: Any, tables: Any, plan: Any, column: int, prefix: str) -> dict[str, Tensor]:
     """A network's tensors under a layout's keys."""
     keys = {rule.name: rule for rule in reversed(tables.table(plan, column))}

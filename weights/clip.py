@@ -111,9 +111,15 @@ def plan(found: Mapping[str, Shape], column: int) -> Plan:
 
 
 def unfused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's in_proj as three, each a view of a third of its rows; one that has no thirds is left as it is."""
+    """open_clip's in_proj as three, each a view of a third of its rows; one that has no thirds is left as it is.
+
+    `text_projection.weight`, a linear layer's in some merged files, becomes the matrix of the other files.
+    """
     out: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
+        if key == "text_projection.weight" and tensor.ndim == 2 and "text_projection" not in tensors:
+            out["text_projection"] = tensor.mT
+            continue
         kind = next((kind for kind in ("weight", "bias") if key.endswith(f".attn.in_proj_{kind}")), None)
         if kind is None or tensor.ndim == 0 or tensor.shape[0] % 3:
             out[key] = tensor
@@ -139,5 +145,5 @@ def table(plan: Plan, column: int) -> list[Rule]:
 def strays(plan: Plan, column: int) -> list[str]:
     """Constants that older files carry besides the weights."""
     if column == OPEN_CLIP:
-        return ["logit_scale", "attn_mask"]
-    return [name for name in names(plan, "", "", "embeddings.position_ids")[2:] if name]
+        return ["logit_scale", "attn_mask", "position_ids"]
+    return ["logit_scale", *(name for name in names(plan, "", "", "embeddings.position_ids")[2:] if name)]

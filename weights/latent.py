@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import clip, controlnet, hub, unet, vae
 from .catalogue import CATALOGUE
-from .errors import LayoutError, MissingFileError, WeightsError, first
+from .errors import ConfigError, LayoutError, MissingFileError, WeightsError, first
 from .files import check_floating, opened, read_json
 from .latent_settings import settings
 from .layout import Layout, state
@@ -32,7 +32,7 @@ PREFIXES = {
 # and besides: schedules, averaged weights, and marks of how a network was trained
 BESIDES = re.compile(
     r"(denoiser\.sigmas|model_ema\..*|betas|(sqrt_|log_)?(one_minus_)?(recip(m1)?_)?alphas_cumprod(_prev)?|sqrt_recipm?1?_"
-    r"alphas_cumprod|posterior_.*|lvlb_weights|logvar|global_step|v_pred|ztsnr|edm_(mean|std|vpred\..*))$"
+    r"alphas_cumprod|posterior_.*|lvlb_weights|logvar|global_step|scale_factor|v_pred|ztsnr|edm_(mean|std|vpred\..*))$"
 )
 # what a part has to be
 FAMILIES = {
@@ -154,7 +154,7 @@ def parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
     """What a file holds, part by part ("": a file of one part, its keys as they are), and what its keys imply.
 
     Implied are the autoencoder's scaling, and the prediction (v) where a key says so.  Raises LayoutError for keys of
-    no known part beside known ones.
+    no known part beside known ones, ConfigError for a scaling that is none.
     """
     held: dict[str, dict[str, Tensor]] = {}
     strange = []
@@ -174,9 +174,19 @@ def parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
         implied["scaling"] = 0.13025
     elif any(key.startswith("cond_stage_model.") for key in tensors):
         implied["scaling"] = 0.18215
+    if "scale_factor" in tensors:
+        implied["scaling"] = scale_of(tensors["scale_factor"])
     implied |= {"prediction": "v"} if "v_pred" in tensors else {}
     implied |= {"zero_terminal_snr": "yes"} if "ztsnr" in tensors else {}
     return held, implied
+
+
+def scale_of(tensor: Tensor) -> float:
+    """The scaling that a file says, to six digits.  Raises ConfigError where it is not one positive number."""
+    value = float(tensor) if tensor.numel() == 1 else 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError("its scale_factor is not one positive number")
+    return float(f"{value:.6g}")
 
 
 def towers(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
