@@ -5,11 +5,9 @@ python benchmarks/style_aligned.py out/bench --net full        # SDXL's size, ra
 """
 
 import argparse
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -27,6 +25,7 @@ from diaphane.samplers.path import leading
 from diaphane.samplers.schedule import scaled_linear
 from timing import conditions, interleaved, ratio, timing, write
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 NETS = {
     "tiny": replace(SDXL, channels=(32, 64, 96), depth=(0, 2, 3), mid_depth=3, head_dim=16),
@@ -128,36 +127,28 @@ def times(name: str, side: int, n: int, steps: int, rounds: int, dtype: torch.dt
     return rows
 
 
-def peak(name: str, side: int, n: int, way: str, dtype: torch.dtype) -> float:
-    """MiB that one step of n pictures takes beyond the network, in this process."""
-    unet, sharing = network(name, dtype), PRESETS["defaults"].sharing
-    x, t, refs = torch.randn(n, 4, side, side), torch.full((n,), 500.0), [0] * n
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high water mark begins anew
+def peak(unet: UNet, side: int, n: int, way: str) -> float:
+    """MiB that the allocator holds at most during one step of n pictures, beyond the network, the texts and x."""
+    sharing, dtype = PRESETS["defaults"].sharing, next(unet.parameters()).dtype
+    x, t, refs = torch.randn(n, 4, side, side, dtype=dtype), torch.full((n,), 500.0), [0] * n
     if way in ("whole", "published"):
         ops = published(n, sharing) if way == "published" else style_aligned(TORCH, refs, sharing)
         denoise = speaking(unet, list(range(n)), n, ops)
     else:
         denoise = chunked(lambda rows, ops: speaking(unet, rows, n, ops), refs, sharing, size=2, kept=way == "kept")
-    assert torch.isfinite(denoise(x, t)).all()
-    return resident("VmHWM") - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        assert torch.isfinite(denoise(x, t)).all()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))) / 2**20
 
 
-def resident(name: str) -> float:
-    """A figure of this process's memory, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
-
-
-def memory(name: str, side: int, sets: list[int], dtype: str) -> list[dict]:
-    """Peaks of fresh processes, for sets of several sizes."""
-    rows = []
+def memory(name: str, side: int, sets: list[int], dtype: torch.dtype) -> list[dict]:
+    """Peaks for sets of several sizes."""
+    unet, rows = network(name, dtype), []
     for way in ("published", "whole", "chunked", "kept"):
         for n in sets:
-            words = ["--peak", way, "--net", name, "--side", str(side), "--n", str(n), "--dtype", dtype]
-            out = subprocess.run([sys.executable, __file__, ".", *words], capture_output=True, check=True, text=True)
-            case = f"{name}, peak MiB of a step beyond the network, {way} set of {n}, {side}²"
-            rows.append({"case": case, "MiB": json.loads(out.stdout)} | conditions())
+            case = f"{name}, peak MiB of a step beyond the network and the texts, {way} set of {n}, {side}²"
+            rows.append({"case": case, "MiB": peak(unet, side, n, way)} | conditions())
     return rows
 
 
@@ -174,18 +165,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sets", type=int, nargs="*", default=[3, 5, 9, 17], help="of the measure of memory")
-    parser.add_argument("--peak", choices=("published", "whole", "chunked", "kept"), help="print that and stop")
+    parser.add_argument("--no-times", action="store_true", help="memory only")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
-    if args.peak:
-        print(json.dumps(peak(args.net[0], args.side, args.n, args.peak, dtype)))
-        return
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name in args.net:
+    for name in () if args.no_times else args.net:
         rows += times(name, args.side, args.n, args.steps, args.rounds, dtype, args.presets)
-    rows += memory(args.net[-1], args.side, args.sets, args.dtype)
+    rows += memory(args.net[-1], args.side, args.sets, dtype)
     write(rows, args.out / "style_aligned.csv")
 
 

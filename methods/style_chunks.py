@@ -1,8 +1,8 @@
 """Sets of any size in one style, a few pictures at a time: exact, since references never depend on their targets.
 
-Memory is that of one chunk whatever the set.  The references are drawn along with every chunk, or once a step, and
-their keys, values and statistics kept for the others: for SDXL at 1024² 0.84 GB in half precision for a step, 42 GB for
-a whole walk of 50, which is why it is a step's.
+Memory is that of one chunk whatever the set, but for x and eps, and what `make` holds of texts.  The references are
+drawn along with every chunk, or once a step, and their keys, values and statistics kept for the others: for SDXL at
+1024² 0.84 GB in half precision for a step, 42 GB for a whole walk of 50, which is why it is a step's.
 """
 
 from collections.abc import Callable, Sequence
