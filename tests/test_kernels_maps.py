@@ -87,6 +87,20 @@ def test_a_match_does_not_depend_on_how_much_is_held_at_a_time(monkeypatch):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_of_two_copies_of_a_source_the_first_is_matched_wherever_a_product_sums_them(layout: str):
+    half, tgt = (torch.randn(2, n, 16, dtype=torch.float64) for n in (25, 40))
+    src = torch.cat([half, half], 1)
+    src = src.mT.contiguous().mT if layout == "columns" else src
+    mask = torch.ones(2, 50, dtype=torch.bool)
+    mask[1, 3:20] = False
+    index, similarity = match.match(src, tgt, mask)
+    assert (index[:, 0] < 25).all()
+    assert torch.isin(index[:, 1], torch.tensor([*range(3), *range(20, 25), *range(28, 45)])).all()
+    cosine = torch.einsum("smc,bnc->bsnm", match.unit(src), match.unit(tgt)).masked_fill(~mask[:, None], -1)
+    torch.testing.assert_close(similarity, cosine.max(-1).values)
+
+
 def test_an_empty_mask_matches_at_a_distance_of_two():
     index, similarity = match.match(torch.randn(1, 5, 3), torch.randn(2, 4, 3), torch.zeros(1, 5, dtype=torch.bool))
     assert torch.equal(index, torch.zeros(2, 1, 4, dtype=torch.int64))

@@ -57,6 +57,21 @@ def test_the_verbs_with_kernels_are_the_verbs_without_where_there_is_no_gpu():
     assert (triton().join, triton().add) == (TORCH.join, TORCH.add)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1e2, 1e4])
+def test_the_gradient_of_statistics_errs_at_most_twice_as_much_as_torch_s_wherever_the_mean_is(mean: float):
+    noise = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 2, 50, 8, generator=noise) + mean * torch.randn(2, 2, 1, 8, generator=noise)
+    g = torch.randn(2, 2, 2, 8, generator=noise)
+
+    def gradient(run, x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(torch.stack(tuple(run(x))), x, g.to(x))[0]
+
+    true = gradient(reference.token_stats, x.double())
+    ours, plain = (gradient(run, x) for run in (lambda x: token_stats(x)[0], reference.token_stats))
+    assert error(ours, true) <= max(2 * error(plain, true), 2 * torch.finfo(torch.float32).eps)
+
+
 def test_a_scale_and_a_shift_in_float64_are_those_that_were_given():
     q, k, v = (torch.randn(2, 1, 9, 8, dtype=torch.float64) for _ in range(3))
     out, lse = source_attention(q, k, v, shared([0, 0], 9, 0.7, 0.1))
