@@ -29,6 +29,7 @@ from .trajectory import Trajectory as Inverted
 from .trajectory import unpacked
 
 LOAD = styles.loaded
+SHEET = 64  # pictures on the sheet; of a larger set no more are held
 ABOUT = """\
 Draw several texts in one style (StyleAligned, Hertz et al. 2024).
 
@@ -76,7 +77,6 @@ class Set:
     names: list[str]
     size: tuple[int, int]
     style: styles.Style
-    hints: Tensor | None  # (1 or targets, 3, H, W)
     path: list[float]
     references: Trajectory | None
     shown: list[image_prompts.Shown]
@@ -118,8 +118,8 @@ def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> S
         raise CommandError("where all see all, no part of a set can be drawn without the rest: give --batch "
                            f"{len(texts) - 1}")  # fmt: skip
     shown = image_prompts.shown(image_options.own(args), session, net, size)
-    hints = [(picture(session, name, size) + 1) / 2 for name in args.control or ()]
-    stacked = torch.cat(hints) if hints else None
+    for name in args.control or ():
+        hint(session, name, size)  # they are decoded again where they are used, so that only a batch's are held
     _, path = walk_of(args, net, seeded([args.seed]))
     references = None
     if found is not None:
@@ -128,7 +128,12 @@ def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> S
         zts = styles.pictured(args, session, net, style, args.reference, texts[0], path, size)
         references = Trajectory(zts, path, style.offset)
     names = ["reference.png", *(f"{i:04d}.png" for i in range(1, len(texts)))]
-    return Set(texts, names, size, style, stacked, path, references, shown)
+    return Set(texts, names, size, style, path, references, shown)
+
+
+def hint(session: Session, name: str, size: tuple[int, int]) -> Tensor:
+    """A picture for the ControlNet, (1, 3, H, W) in [0, 1]."""
+    return (picture(session, name, size) + 1) / 2
 
 
 def inverted_before(args: argparse.Namespace, session: Session, net: styles.Loaded) -> Inverted | None:
@@ -168,19 +173,20 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
         jobs = {i: (plan.names[i], plan.texts[i]) for i in mine}
         kept = {i: generate.finished(args, net, jobs[i], args.seed + i) if args.resume else None for i in mine}
         if all(kept.values()):
-            drawn += [one for one in kept.values() if one]
+            drawn += [one for one in kept.values() if one][: SHEET - len(drawn)]
             continue
         x = walked(args, session, net, plan, rows)
         pictures = net.pictures(x if start == 1 else x[1:])
         for i, row in zip(mine, pictures, strict=True):
-            drawn.append(kept[i] or to_picture(row))
+            one = kept[i] or to_picture(row)
+            drawn += [one] if len(drawn) < SHEET else []
             if kept[i] is None:
                 words = generate.parameters(told, net, plan.texts[i], args.seed + i, plan.size)
-                yield session.made(plan.names[i], drawn[-1], seed=args.seed + i, prompt=plan.texts[i], parameters=words)
+                yield session.made(plan.names[i], one, seed=args.seed + i, prompt=plan.texts[i], parameters=words)
     if session.wants("sheet.png"):
         way = f"reference: {given(args)}" if given(args) else "first: the reference"
         title = f"StyleAligned, {count - 1} targets, {args.steps} steps, guidance {plan.style.guidance:g}; {way}"
-        yield session.made("sheet.png", grid(drawn[:64], title=title))
+        yield session.made("sheet.png", grid(drawn, title=title))
 
 
 def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan: Set, rows: list[int]) -> Tensor:
@@ -192,9 +198,10 @@ def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan:
     walk, path = walk_of(args, net, noise)[0], plan.path
     with net.on(net.parts.unet, net.control):
         controls = []
-        if net.control is not None and plan.hints is not None:
-            hint = plan.hints if len(plan.hints) == 1 else plan.hints[[i - 1 for i in rows]]
-            controls = [TargetControl(net=net.control, hint=hint, scale=args.control_scale, refs=refs)]
+        if net.control is not None:
+            mine = args.control if len(args.control) == 1 else [args.control[i - 1] for i in rows]
+            hints = torch.cat([hint(session, name, plan.size) for name in mine])
+            controls = [TargetControl(net=net.control, hint=hints, scale=args.control_scale, refs=refs)]
 
         def speaking(ops: Ops) -> Denoise:
             ops = plan.style.ops(refs, net.device, freed(args, net, ops))
