@@ -38,10 +38,13 @@ class Focus:
     kept: Masks
     made: dict[int, dict[int, Others]] = field(default_factory=dict)  # by halves and level
 
-    def others(self, sees: Sequence[Sequence[bool]], halves: int, align: bool) -> dict[int, Others]:
+    def others(self, cast: "Cast", halves: int) -> dict[int, Others]:
         """What is seen at each level, built once."""
+        keep = cast.keep.images if cast.keep else 0
         if halves not in self.made:
-            self.made[halves] = {k: others(m, sees, halves, align=align) for k, m in self.kept.items()}
+            self.made[halves] = {
+                k: others(m, cast.sees, halves, align=cast.align, keep=keep) for k, m in self.kept.items()
+            }
         return self.made[halves]
 
 
@@ -68,4 +71,4 @@ class Cast:
     shelf: torch.device | None = None  # where what is kept lies; None: where it is made
     pinned: Callable[[float], Tensor] | None = None  # t -> the first pictures as they are to be seen then, (P, C, H, W)
     align: bool = False
-    given: Callable[[int, int], Masks] | None = None  # (stage, call) -> masks in the place of those that are found
+    given: Callable[[int, int, Masks], Masks] | None = None  # (stage, call, masks) -> others in the place of those

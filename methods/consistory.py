@@ -77,12 +77,15 @@ class Others:
     owner: Tensor | None = None  # int64 (K,) the image of each, where keys are to be aligned
 
 
-def others(masks: Tensor, sees: Sequence[Sequence[bool]], halves: int = 1, *, align: bool = False) -> Others:
+def others(
+    masks: Tensor, sees: Sequence[Sequence[bool]], halves: int = 1, *, align: bool = False, keep: int = 0
+) -> Others:
     """masks bool (B, N): the tokens that each image shows; sees[i][j]: whether image i looks at image j.
 
-    An image never sees its own tokens twice.  It waits for the device once, for the number of tokens.
+    An image never sees its own tokens twice.  Those of the first `keep` images are there though nobody looks at them.
+    It waits for the device once, for the number of tokens.
     """
-    looked = [any(row[j] and i != j for i, row in enumerate(sees)) for j in range(len(masks))]
+    looked = [j < keep or any(row[j] and i != j for i, row in enumerate(sees)) for j in range(len(masks))]
     kept = compact(masks & torch.tensor(looked, device=masks.device)[:, None])
     sources = kept.sources(sees, halves)
     if not align:
@@ -164,11 +167,10 @@ def consistory(ops: Ops, where: Places, told: Told, heard: Heard) -> Ops:
     def add(site: Site, x: Tensor, dx: Tensor) -> Tensor:
         inside = site.kind == "self" and site.stage != "mid" and where.level[site.stage] == where.fine
         if inside and told.carried is not None:
-            name = named(site)
-            out = injected(dx[-n:], told.carried, told.order, told.alpha, told.rows.get(name))
-            if heard.keep_outputs:
-                heard.outputs[name] = out
+            out = injected(dx[-n:], told.carried, told.order, told.alpha, told.rows.get(named(site)))
             dx = torch.cat([dx[:-n], out])
+        if inside and heard.keep_outputs:
+            heard.outputs[named(site)] = dx[-n:]
         return ops.add(site, x, dx)
 
     def join(site: Site, h: Tensor, skip: Tensor) -> Tensor:

@@ -159,14 +159,14 @@ class Stage:
             return replace(told, seen=seen, pools=pools)
         if self.focus is None:
             return told
-        return replace(told, seen=self.focus.others(cast.sees, halves, cast.align))
+        return replace(told, seen=self.focus.others(cast, halves))
 
     def passed(self, deep: Deep, c: Cond, x: Tensor, now: float) -> Tensor:
         """One whole call: the plain pass where its queries are wanted, then the one that counts."""
         cast, scene, heard = self.cast, self.cast.scene, Heard()
         told = self.told(len(x) // scene.images, now)
         heard.keep_pools = cast.keep is not None
-        heard.keep_outputs = cast.keep is not None and told.carried is not None
+        heard.keep_outputs = cast.keep is not None and self.number == 2 and cast.settings.injects(now)
         share = cast.settings.blends(now, cast.path[0]) if told.seen else 0.0
         encoded = None
         if share:
@@ -208,11 +208,9 @@ class Stage:
         self.history.append(torch.stack(heard.maps).mean(0))
         if cast.settings.window is not None:
             self.history = self.history[-cast.settings.window :]
+        found: Masks = masks(torch.stack(self.history).mean(0), cast.scene.words, sizes[self.where.maps], sizes)
         if cast.given is not None:
-            found = cast.given(self.number, self.calls)
-        else:
-            maps = torch.stack(self.history).mean(0)
-            found = masks(maps, cast.scene.words, sizes[self.where.maps], sizes)
+            found = cast.given(self.number, self.calls, found)
         levels = self.where.shared
         draws = cast.draws(self.calls, [found[level].shape[1] for level in levels])
         pairs = zip(levels, draws, strict=True)
@@ -226,7 +224,8 @@ class Stage:
         """Put keys, values and outputs of a call away for further pictures."""
         shelf = self.cast.shelf or self.cast.scene.words.device
         if heard.pools:
-            ends = {level: int(these.kept.edges[-1]) for level, these in told.seen.items() if these.kept is not None}
+            edges = {level: these.kept.edges for level, these in told.seen.items() if these.kept is not None}
+            ends = {level: int(edge[keep.images]) for level, edge in edges.items()}
             keep.pools[self.number, self.calls] = {
                 site: tuple_of(
                     x.detach()[:, :, : ends[self.where.level[site.rpartition(".")[0]]]].to(shelf) for x in pair
@@ -236,8 +235,8 @@ class Stage:
         if heard.outputs:
             if keep.masks is None:
                 raise SceneError("outputs are kept at the subject's pixels, which are not known yet")
-            inside = keep.masks.flatten()
-            rows = {site: x.detach().flatten(0, 1)[inside].to(shelf) for site, x in heard.outputs.items()}
+            inside, first = keep.masks.flatten(), slice(0, keep.images)
+            rows = {site: x.detach()[first].flatten(0, 1)[inside].to(shelf) for site, x in heard.outputs.items()}
             keep.outputs[self.calls] = rows
 
     def count(self, height: int, **parts: int) -> None:

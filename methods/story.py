@@ -53,16 +53,16 @@ class Story:
         said: dict[str, str] | None = None,
         pinned: Callable[[float], Tensor] | None = None,
         align: bool = False,
-        given: Callable[[int, int], Masks] | None = None,
+        given: Callable[[int, int, Masks], Masks] | None = None,
         whole: bool = False,
     ):
         """x (B, C, H, W) is x_T; `walks` gives the sampler, its noise begun anew, once for each stage.
 
         `anchors` is how many of the first pictures all look at, or what was kept of others that were drawn before;
-        `sees`, (B, B), says who looks at whom instead.  `keep` keeps what further pictures need, on the device `shelf`,
-        together with what is `said` of the model.  `pinned` gives the first pictures as they are at each timestep, for
-        real ones (appendix E), with `align` for AdaIN of their keys.  `given` are masks from elsewhere.  `whole` walks
-        stage 1 to its end.
+        `sees`, (B, B), says who looks at whom instead.  `keep` keeps what further pictures need of the first `anchors`,
+        on the device `shelf`, together with what is `said` of the model.  `pinned` gives the first pictures as they are
+        at each timestep, for real ones (appendix E), with `align` for AdaIN of their keys.  `given` are masks from
+        elsewhere, told those that were found.  `whole` walks stage 1 to its end.
         SceneError: what does not fit.
         """
         settings, n = settings or Settings(), scene.images
@@ -79,9 +79,10 @@ class Story:
             sees = anchored(n, anchors if isinstance(anchors, int) else 1)
         elif len(sees) != n or any(len(row) != n for row in sees):
             raise SceneError(f"sees is ({n}, {n}): who looks at whom")
-        self.kept = Kept(n, size, tuple(path), (said or {}) | told(settings)) if keep else None
-        if keep and cached is not None:
-            raise SceneError("anchors are kept of pictures that are drawn without cached ones")
+        if keep and (not isinstance(anchors, int) or not 1 <= anchors <= n):
+            raise SceneError(f"anchors are kept of 1 ... {n} of the pictures that are drawn, not of cached ones")
+        many = anchors if isinstance(anchors, int) else anchors.images
+        self.kept = Kept(many, size, tuple(path), (said or {}) | told(settings)) if keep else None
         self.cast = Cast(scene=scene, settings=settings, sees=sees, draws=draws, path=path, anchors=cached,
                          keep=self.kept, shelf=shelf, pinned=pinned, align=align, given=given)  # fmt: skip
         self.walks, self.start, self.x, self.whole = walks, x, x, whole
@@ -153,11 +154,8 @@ class Story:
             self.plan, order = found._replace(row=anchors.row().to(mask.device)[found.row]), [(0, len(mask))]
             self.sources = list(range(anchors.images))
         if self.kept is not None:
-            self.kept.feature, self.kept.masks, self.kept.branch = (
-                feature,
-                mask,
-                len(first.branch.eps if first.branch else ()),
-            )
+            self.kept.feature, self.kept.masks = feature[: self.kept.images], mask[: self.kept.images]
+            self.kept.branch = len(first.branch.eps if first.branch else ())
         return self.plan, order
 
 

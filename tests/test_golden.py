@@ -23,11 +23,12 @@ METHODS = {
 
 
 def collect(root: Path) -> list[Case]:
-    """Every case under a folder of method folders; the tiny networks beside them are not cases."""
+    """Every case under a folder of method folders, or in one of these; the tiny networks beside them are not cases."""
     if not root.is_dir():
         raise pytest.UsageError(f"--golden {root}: no such folder")
     cases: list[Case] = []
-    for path in sorted(root.iterdir()):
+    alone = root.name in METHODS and not any((root / name).is_dir() for name in METHODS)
+    for path in [root] if alone else sorted(root.iterdir()):
         if path.name.startswith("tiny-") or path.name == "README.md":
             continue
         if path.name not in METHODS:
@@ -95,6 +96,10 @@ def edit_tensors(root: Path, stem: str, change: Callable[[dict[str, Tensor]], ob
     change(tensors)
     path.unlink()
     save_file(tensors, path)
+
+
+def test_one_method_s_folder_may_be_named_alone(copy: Path):
+    assert [case.name for case in collect(copy / "hspace")] == [case.name for case in collect(copy)]
 
 
 def test_case_files_may_be_absent(copy: Path):

@@ -166,7 +166,7 @@ def test_empty_masks_and_full_dropout_change_nothing_but_rounding():
     sizes = n.sizes(world.SIZE)
     empty = {level: torch.zeros(3, h * w, dtype=torch.bool) for level, (h, w) in sizes.items()}
     with torch.no_grad():
-        none = walked(story(given=lambda stage, call: empty, settings=replace(SETTINGS, blend=None)))
+        none = walked(story(given=lambda stage, call, found: empty, settings=replace(SETTINGS, blend=None)))
         dropped = walked(story(settings=replace(SETTINGS, dropout=1.0, blend=None, inject=None)))
     for x in (none, dropped):
         assert float((x - plain()).abs().max()) <= 1e-9 * float(x.abs().max())
@@ -196,6 +196,18 @@ def test_further_pictures_after_kept_anchors_are_those_of_one_batch(kept: Kept):
         alone = walked(story(slice(3, 4), anchors=kept))
     assert float((after - together[2:]).abs().max()) <= 1e-8 * float(after.abs().max())
     assert float((alone - after[1:2]).abs().max()) <= 1e-8 * float(after.abs().max())
+
+
+@pytest.mark.parametrize("anchors", [1, 2])
+def test_of_pictures_drawn_together_the_anchors_are_kept_even_where_nobody_there_looks_at_them(anchors: int):
+    with torch.no_grad():
+        together = walked(story(slice(0, 4), anchors=anchors))
+        for first in (anchors, 3):
+            made = story(slice(0, first), anchors=anchors, keep=True)
+            walked(made)
+            assert made.kept is not None
+            after = walked(story(slice(3, 4), anchors=made.kept))
+            assert float((after - together[3:]).abs().max()) <= 1e-8 * float(after.abs().max())
 
 
 def test_kept_anchors_come_back_from_their_tensors(kept: Kept):
