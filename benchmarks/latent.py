@@ -21,6 +21,7 @@ from diaphane.weights import latent as weights
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from timing import conditions, interleaved, ratio, timing, write
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -122,20 +123,49 @@ def towers(folder: Path, rounds: int) -> Iterator[dict]:
     )
 
 
-def tiny(path: Path, rounds: int) -> dict:
-    """One guided step of the tiny UNet of the tests: nearly all of it is overhead."""
+class Calls(TorchDispatchMode):
+    """Every call of PyTorch's operators, as it was made; each can be made again without the code around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.made.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def again(self) -> None:
+        for func, args, kwargs in self.made:
+            func(*args, **kwargs)
+
+
+def beyond(rivals: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
+    """What a step takes more than the calls of operators in it, made again one after the other: ms of each rival."""
+    found = {}
+    with torch.inference_mode():
+        for name, rival in rivals.items():
+            with Calls() as calls:
+                rival()
+            seconds = interleaved({"step": rival, "again": calls.again}, rounds, 3)
+            found[f"{name} beyond, ms"] = 1e3 * (timing(seconds["step"]).median - timing(seconds["again"]).median)
+    return found
+
+
+def tiny(path: Path, rounds: int, side: int = 16, n: int = 2) -> dict:
+    """One step of the tiny UNet of the tests, n pictures of side x side latents."""
     found = weights.load(path)
     ours = model.build(found.family, found.config, found.tensors, dtype=torch.float32)
     theirs = UNet2DConditionModel.from_pretrained(path, torch_dtype=torch.float32).eval()
     cfg, draw = ours.cfg, torch.Generator().manual_seed(0)
-    x, context = torch.randn(2, 4, 16, 16, generator=draw), torch.randn(2, 9, cfg.context_dim, generator=draw)
-    pooled, ids = torch.randn(2, cfg.pooled_dim, generator=draw), torch.full((2, 6), 128.0)
-    t, added = torch.tensor([500, 500]), {"text_embeds": pooled, "time_ids": ids}
+    x, context = torch.randn(n, 4, side, side, generator=draw), torch.randn(n, 9, cfg.context_dim, generator=draw)
+    pooled, ids = torch.randn(n, cfg.pooled_dim, generator=draw), torch.full((n, 6), 128.0)
+    t, added = torch.tensor([500] * n), {"text_embeds": pooled, "time_ids": ids}
     rivals = {
         "ours": lambda: ours(x, ours.embed(t, context, pooled, ids)),
         "diffusers": lambda: theirs(x, t, context, added_cond_kwargs=added).sample,
     }
-    return row("step of a tiny UNet, overhead", rivals, 10 * rounds, 1e-3)
+    case = f"step of a tiny UNet, {n} x {side}² latents"
+    return row(case, rivals, 10 * rounds, 1e-3, **beyond(rivals, 10 * rounds))
 
 
 def forward(folder: Path, rounds: int, frozen: bool) -> Iterator[dict]:
@@ -254,7 +284,12 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    rows = [*taps(args.rounds), tiny(args.tiny, args.rounds), *towers(args.folder, args.rounds)]
+    rows = [
+        *taps(args.rounds),
+        tiny(args.tiny, args.rounds),
+        tiny(args.tiny, args.rounds, 8, 1),
+        *towers(args.folder, args.rounds),
+    ]
     rows += forward(args.folder, args.rounds, args.frozen)
     write([found | {"threads": args.threads} for found in rows], args.folder / "latent.csv")
 
