@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .device import refuse, takes_triton
+from . import reference
+from .device import dual, refuse, takes_triton
 from .sources import Sources, compacted
 
 
@@ -58,6 +59,9 @@ def gather(x: Tensor, kept: Kept, halves: int = 1) -> Tensor:
         raise ValueError(f"the mask kept tokens of {want}; got {tuple(x.shape)}")
     if x.device != kept.index.device:
         raise ValueError(f"the mask is on {kept.index.device}, what it picks from on {x.device}; build it there")
+    if dual(x):
+        inside = torch.arange(len(kept.index), device=x.device) < kept.edges[-1]
+        return torch.where(inside[:, None], reference.gather(x, kept.index, halves), 0.0)
     return torch.ops.diaphane.gather(x, kept.index, kept.edges, halves)
 
 

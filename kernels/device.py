@@ -26,10 +26,19 @@ def takes_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = SINGLE, widest: in
 
 
 def dual(*inputs: Tensor | None) -> bool:
-    """Whether one carries a tangent of `torch.func.jvp`, of which a custom op would know nothing, without a word."""
-    return not torch.compiler.is_compiling() and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in inputs if x is not None and x.is_floating_point()
-    )
+    """Whether one carries a tangent of `torch.func.jvp`, of which a custom op would know nothing, without a word.
+
+    Where a graph is traced inside of one, every tensor is taken to carry it.
+    """
+    if torch.compiler.is_compiling():
+        return _within_forward_mode()
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in inputs if x is not None and x.is_floating_point())
+
+
+@torch.compiler.assume_constant_result
+def _within_forward_mode() -> bool:
+    """torch compiles a function again where this has changed."""
+    return forward_ad._current_level >= 0
 
 
 def refuse(op: str, of: str) -> Callable[..., NoReturn]:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from . import reference
 from .adain import accumulator
-from .device import on_nvidia, refuse
+from .device import dual, on_nvidia, refuse
 
 CHUNK = 1 << 21  # cosines that are held at a time, 8 MiB of them
 
@@ -23,7 +24,8 @@ def match(src: Tensor, tgt: Tensor, mask: Tensor | None = None) -> tuple[Tensor,
 
     2 S B N M C FLOP, less where tiles, or on CPU rows, are outside the mask; reads tgt once for every source and src
     once for every block of targets; the N x M cosines never leave the chip (on CPU and elsewhere: 2^21 are held at a
-    time).  Triton on Nvidia devices since Ampere, not in float64; torch anywhere else.  It has no derivative.
+    time).  Triton on Nvidia devices since Ampere, not in float64; torch anywhere else.  It has no derivative, but in
+    forward mode, by its definition, which keeps all cosines.
 
     ValueError: shapes, types or devices that do not fit, or a side with no row.
     """
@@ -37,6 +39,8 @@ def match(src: Tensor, tgt: Tensor, mask: Tensor | None = None) -> tuple[Tensor,
     if mask is not None and (mask.shape != src.shape[:2] or mask.dtype != torch.bool or mask.device != src.device):
         want = f"{tuple(src.shape[:2])} on {src.device}"
         raise ValueError(f"the mask is bool {want}; got {mask.dtype} {tuple(mask.shape)} on {mask.device}")
+    if dual(src, tgt):
+        return reference.match(src, tgt, mask)
     index, similarity = torch.ops.diaphane.match(src, tgt, mask)
     return index, similarity
 
