@@ -45,6 +45,31 @@ Begin with `diaphane demo`.  Every picture carries its settings; `diaphane redo 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line.  Returns the exit code: 0; 2 after one line on bad input; 130 after an interruption."""
     words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words and words[0] in COMMANDS else ""
+    try:
+        code = command(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print(f"diaphane {name}: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError as e:
+        return 0 if unread() else refuse(name, reason(e))
+    except OSError as e:
+        return refuse(name, f"{e.filename}: {reason(e)}" if e.filename else reason(e))
+    except (ValueError, MemoryError) as e:
+        return refuse(name, e if str(e) else "not enough memory: lower --batch")
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "allocate memory" not in str(e):
+            raise
+        return refuse(name, "not enough memory: lower --batch, or choose another --device or --dtype")
+    finally:
+        silenced()
+
+
+def command(words: list[str]) -> int:
+    """Run what the words say; whatever goes wrong is the caller's to tell."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return 0
@@ -55,24 +80,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         return refuse("", f"there is no command {name!r}: it is one of {', '.join(COMMANDS)}")
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # its retries are not the user's errors
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(line(f"diaphane {name}: {message}"), file=sys.stderr)
+        return import_module(f".{name.replace('-', '_')}", __package__).run(words[1:])
+
+
+def unread() -> bool:
+    """Whether whoever read the output has gone, which one empty line more shows."""
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(line(f"diaphane {name}: {message}"), file=sys.stderr)
-            return import_module(f".{name.replace('-', '_')}", __package__).run(words[1:])
-    except KeyboardInterrupt:
-        print(f"diaphane {name}: interrupted; what was finished is kept", file=sys.stderr)
-        return 130
+        print(flush=True)
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]  # whoever read the output has gone
-        return 0
-    except OSError as e:
-        return refuse(name, f"{e.filename}: {reason(e)}" if e.filename else reason(e))
-    except (ValueError, MemoryError) as e:
-        return refuse(name, e if str(e) else "not enough memory: lower --batch")
-    except RuntimeError as e:
-        if "out of memory" not in str(e) and "allocate memory" not in str(e):
-            raise
-        return refuse(name, "not enough memory: lower --batch, or choose another --device or --dtype")
+        return True
+    return False
+
+
+def silenced() -> None:
+    """No standard output where it takes no more, so that the interpreter's end does not fail on what is left in it."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        sys.stdout = None  # type: ignore[assignment]
 
 
 def refuse(name: str, why: object) -> int:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,29 @@ def test_the_installed_script_runs_and_refuses_with_code_2(here: Path):
     bad = subprocess.run([script, "sample", "--n", "-3"], capture_output=True, text=True)
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
     assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_who_has_gone_is_no_error_and_a_full_disk_is(unbuffered: str):
+    script = [sys.executable, "-c", "from diaphane.cli.main import script; script()", "--help"]
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(script, stdout=write, stderr=subprocess.PIPE, env=env, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, env=env, check=False)
+        assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def run(argv: list[str]) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("diaphane.cli.env.run", run)
+    assert "Broken pipe" in refused(capsys, "env")
 
 
 def test_an_unknown_command_is_refused_by_name(capsys: pytest.CaptureFixture[str]):
