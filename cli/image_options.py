@@ -16,19 +16,18 @@ SHOWN = ("style_image", "share", "image_encoder", *RENAMED, "each", "average", "
 H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
-def options(p: argparse.ArgumentParser, prefix: str = "") -> None:
+def options(p: argparse.ArgumentParser, prefix: str = "", share: str = "share") -> None:
     """The options that say which adapters, and what they are shown.
 
-    With a prefix, before names that other options have, no adapter is needed.
+    With a prefix, before names that other options have, no adapter is needed.  `share` is what --share is called.
     """
     g, needed = p.add_argument_group("image prompt"), not prefix
     g.add_argument("--adapter", nargs="+", required=needed, metavar="NAME", help="IP-Adapters: files, OWNER/REPO:FILE, "
                    "or names of `diaphane fetch` (ip-adapter_sdxl ...)")  # fmt: skip
     g.add_argument("--style-image", nargs="+", required=needed, metavar="PICTURE", help="what the adapter is shown; "
-                   "with several adapters one each, or as --share says")  # fmt: skip
-    g.add_argument(
-        "--share", nargs="+", type=whole(1, 10_000), metavar="N", help="how many of the pictures each adapter has"
-    )
+                   f"with several adapters one each, or as --{share} says")  # fmt: skip
+    g.add_argument(f"--{share}", nargs="+", type=whole(1, 10_000), metavar="N", help="how many of the pictures each "
+                   "adapter has")  # fmt: skip
     g.add_argument("--image-encoder", nargs="+", metavar="NAME", help="CLIP's vision tower for each adapter, or one "
                    "for all: a file, a folder, or a name (default: the published one, from the Hub)")  # fmt: skip
     g.add_argument(f"--{prefix}scale", nargs="+", type=real(-100, 100), default=[1.0], help="how much of each adapter, "
@@ -56,13 +55,14 @@ def options(p: argparse.ArgumentParser, prefix: str = "") -> None:
 
 def own(args: argparse.Namespace) -> argparse.Namespace:
     """The options of a command that has them with the prefix ADAPTER, as those of one that has them without."""
-    mine = {name: getattr(args, ADAPTER.replace("-", "_") + name) for name in RENAMED}
-    return argparse.Namespace(**vars(args) | mine | {"prefix": ADAPTER})
+    before = ADAPTER.replace("-", "_")
+    mine = {name: getattr(args, before + name) for name in (*RENAMED, "share") if hasattr(args, before + name)}
+    return argparse.Namespace(**vars(args) | mine | {"prefix": ADAPTER, "renamed": tuple(mine)})
 
 
 def flag(args: argparse.Namespace, name: str) -> str:
     """What an option is called."""
-    return f"--{getattr(args, 'prefix', '') if name in RENAMED else ''}{name.replace('_', '-')}"
+    return f"--{args.prefix if name in getattr(args, 'renamed', ()) else ''}{name.replace('_', '-')}"
 
 
 def check(args: argparse.Namespace) -> None:
@@ -103,12 +103,12 @@ def check(args: argparse.Namespace) -> None:
 
 def shared(args: argparse.Namespace, k: int) -> list[list[int]]:
     """Which pictures each of k adapters is shown.  Raises CommandError where that is not said."""
-    n = len(args.style_image)
+    n, name = len(args.style_image), flag(args, "share")
     if args.share is None and k > 1 and n != k:
-        raise CommandError(f"{n} pictures for {k} adapters: say how many each is shown, as in --share 2 1")
+        raise CommandError(f"{n} pictures for {k} adapters: say how many each is shown, as in {name} 2 1")
     counts = args.share or ([n] if k == 1 else [1] * k)
     if len(counts) != k or any(c < 1 for c in counts) or sum(counts) != n:
-        raise CommandError(f"--share says for each of {k} adapters how many of the {n} pictures are its own; got "
+        raise CommandError(f"{name} says for each of {k} adapters how many of the {n} pictures are its own; got "
                            f"{' '.join(map(str, counts))}")  # fmt: skip
     starts = [sum(counts[:i]) for i in range(k)]
     return [list(range(start, start + c)) for start, c in zip(starts, counts, strict=True)]

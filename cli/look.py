@@ -5,6 +5,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from PIL import Image, ImageDraw
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from ..methods.attention_maps import colours, picture
 from ..methods.inside import Inside
+from ..methods.instant_style import ranged
 from ..methods.probe import spread
 from ..methods.style_aligned import grouped
 from ..methods.subject_words import places_of
 from ..model.ops import Ops
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
-from . import generate, latents, options
+from . import generate, image_options, image_prompts, latents, options
 from .draw import inpaints, walk_of, walked
 from .errors import CommandError
 from .images import to_picture
@@ -28,7 +30,6 @@ from .plot import plot
 from .session import Made, Session, produce
 from .sheet import sheet, stacked
 
-LOAD = latents.loaded
 MOST = 8  # pictures at once, and words
 NAMES = ("words.png", "masks.png", "layout.png", "gaze.png", "matches.png", "statistics.png")
 ABOUT = """\
@@ -41,12 +42,13 @@ Draw pictures and show what the network held meanwhile:
   matches.png     the points of the other pictures that look alike to it (DIFT), from the step nearest t = 261
   statistics.png  how large h and each skip are at every step, with statistics.csv
 and index.html, one page of all of it.  Looking changes nothing: the pictures are those of `diaphane generate`, or with
---share those of `diaphane style-align`.
+--share those of `diaphane style-align`; with --adapter those of `diaphane instant-style`.
 """
 EXAMPLES = """\
 examples:
   diaphane look "a cat on a mat" --words cat mat --model FOLDER
   diaphane look "a toy train, origami" "a toy boat, origami" --words toy --share --at 0.4,0.6 --model FOLDER
+  diaphane look "a cat" --adapter ip-adapter_sdxl --style-image painting.png --model FOLDER
 """
 
 
@@ -54,15 +56,29 @@ def parser() -> options.Parser:
     """The command's options."""
     p = options.Parser("look", description=ABOUT, epilog=EXAMPLES)
     p.add_argument("prompt", nargs="+", help=f"what to draw, 1 ... {MOST} texts; the first is the reference")
-    p.add_argument("--words", nargs="+", metavar="WORD", help="of the prompts (default: the first prompt's)")
+    p.add_argument(
+        "--words",
+        nargs="+",
+        metavar="WORD",
+        help="of the prompts (default: the first prompt's, or where another has none of these, some of each)",
+    )
     p.add_argument("--looks", type=options.whole(1, 16), default=4, help="at how many steps (default: 4)")
     p.add_argument("--share", action="store_true", help="the others share the first one's attention (StyleAligned)")
     p.add_argument("--at", type=point, default="0.5,0.5", metavar="X,Y", help="whose gaze, from the upper left corner "
                    "in shares of width and height (default: 0.5,0.5)")  # fmt: skip
+    image_options.options(p, image_options.ADAPTER, image_options.ADAPTER + "share")
     generate.sampling(p)
     latents.options(p)
     generate.running(p, "look")
     return p
+
+
+def loaded(args: argparse.Namespace) -> image_prompts.Loaded:
+    """The model, and adapters if there are any."""
+    return image_prompts.loaded(image_options.own(args))
+
+
+LOAD = loaded
 
 
 def point(text: str) -> str:
@@ -74,14 +90,21 @@ def point(text: str) -> str:
 
 
 def words_of(args: argparse.Namespace) -> list[str]:
-    """--words, or the first prompt's, without the shortest.  Raises CommandError for too many."""
-    said = dict.fromkeys(re.findall(r"[^\W_]+", args.prompt[0].lower()))
-    words = args.words or [word for word in said if len(word) > 2][:MOST] or list(said)[:MOST]
-    if not words:
-        raise CommandError("the first prompt has no words to look for: name some of another's with --words")
-    if len(words) > MOST:
-        raise CommandError(f"--words are 1 ... {MOST} words of the prompts; got {len(words)}")
-    return words
+    """--words, or the prompts' own.  Raises CommandError for too many, and for a prompt without any."""
+    if args.words and len(args.words) > MOST:
+        raise CommandError(f"--words are 1 ... {MOST} words of the prompts; got {len(args.words)}")
+    if args.words:
+        return args.words
+    each = [list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower()))) for text in args.prompt]
+    each = [[word for word in said if len(word) > 2] or said for said in each]  # without the shortest
+    for text, said in zip(args.prompt, each, strict=True):
+        if not said:
+            raise CommandError(f"the prompt {text[:80]!r} has no words to look for: name some with --words")
+    first = each[0][:MOST]
+    if all(set(first) & set(said) for said in each):
+        return first
+    turns = (word for words in zip_longest(*each) for word in words if word)  # everyone's first, everyone's second ...
+    return list(dict.fromkeys(turns))[:MOST]
 
 
 def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
@@ -104,9 +127,11 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     feature_at = min(path[:-1], key=lambda t: abs(t - 261))
     refs = grouped([range(n)]) if args.share else None
     inside = Inside(net.parts.unet.cfg, tokens, path, set(steps), feature_at, refs)
+    seen = image_prompts.shown(image_options.own(args), session, net, size)
 
     def around(speaking: Callable[[Ops], Denoise], path: list[float], rows: range) -> Denoise:
-        return inside.around(speaking)
+        pictures = [one.prompt(net, size, rows, path) for one in seen]
+        return inside.around(lambda ops: ranged(speaking, ops, pictures))
 
     told = argparse.Namespace(**vars(args) | {"init": None, "mask": None, "control_scale": 1.0})
     x = walked(told, session, net, args.prompt, range(n), size, {}, around)

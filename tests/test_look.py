@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diaphane.cli.errors import CommandError
+from diaphane.cli.look import parser, words_of
 from diaphane.cli.main import main
 from diaphane.methods.inside import Inside
 from diaphane.methods.prompt import Prompt, conditioning
@@ -131,6 +133,43 @@ def test_with_share_the_pictures_are_those_of_style_align(out: Path):
 def test_a_picture_of_what_was_held_is_made_again_bit_for_bit(out: Path, capfd):
     assert main(["redo", str(out / "words.png"), "--quiet"]) == 0
     assert "bit for bit" in capfd.readouterr().out
+
+
+def test_with_an_adapter_the_pictures_are_those_of_instant_style_and_style_align(tmp_path: Path, capfd):
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    adapter = ["--adapter", str(twins.TINY / "ip_adapter" / "ip-adapter_sdxl.safetensors"), "--image-encoder",
+               str(twins.TINY / "image_encoder"), "--style-image", str(tmp_path / "a.png")]  # fmt: skip
+    common = ["--model", str(twins.TINY), "--size", "64", "--steps", "2", "--quiet", *adapter]
+
+    def drawn(name: str, *argv: str) -> Path:
+        assert main([*argv, *common, "--out", str(tmp_path / name)]) == 0
+        return tmp_path / name
+
+    def same(one: Path, other: Path) -> bool:
+        with Image.open(one) as a, Image.open(other) as b:
+            return bool((np.abs(np.array(a).astype(int) - np.array(b)) <= 1).all())
+
+    looked = drawn("looked", "look", "a cat", "--adapter-share", "1", "--adapter-scale", "0.8")
+    assert same(looked / "0001.png", drawn("is", "instant-style", "a cat", "--scale", "0.8") / "0001.png")
+    both = drawn("both", "look", "a cat", "a dog", "--share", "--range", "0", "0.5")
+    set_ = drawn("set", "style-align", "a cat", "a dog", "--sampler", "euler", "--range", "0", "0.5")
+    assert same(both / "0001.png", set_ / "reference.png")
+    assert same(both / "0002.png", set_ / "0001.png")
+    assert not same(both / "0001.png", looked / "0001.png")
+    assert main(["redo", str(both / "words.png"), "--quiet"]) == 0
+    assert main(["look", "a cat", *common, "--adapter-share", "2", "--out", str(tmp_path / "no")]) == 2
+    assert "--adapter-share says" in capfd.readouterr().err
+
+
+def test_the_words_that_are_looked_for_are_in_every_prompt_or_some_of_each():
+    def found(*argv: str) -> list[str]:
+        return words_of(parser().parse_args([*argv, "--model", "m"]))
+
+    assert found("a toy train, origami", "a toy boat") == ["toy", "train", "origami"]
+    assert found("a cat on a mat", "two dogs") == ["cat", "two", "mat", "dogs"]
+    assert found("a", "b c", "--words", "z") == ["z"]
+    with pytest.raises(CommandError, match="has no words"):
+        found("a cat", "!!")
 
 
 WRONG = {
