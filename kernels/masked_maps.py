@@ -100,7 +100,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor | None, tokens: Tensor, scale: floa
     maps = (total / q.shape[1]).masked_fill_((tokens < 0)[:, None], 0.0)
     if v is None:
         return q.new_empty(0), lse.contiguous(), maps
-    return token_major(q).copy_(out), lse.contiguous(), maps
+    return out if out.transpose(1, 2).is_contiguous() else token_major(q).copy_(out), lse.contiguous(), maps
 
 
 @_forward.register_fake
