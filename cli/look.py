@@ -114,6 +114,8 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
         raise CommandError(f"look draws 1 ... {MOST} texts together: leave --batch and --resume out")
     if args.share and n < 2:
         raise CommandError("one picture has none to share with: give --share a second prompt")
+    if args.control_model:
+        raise CommandError("look draws without ControlNets: leave --control-model out")
     if args.eta and args.sampler != "ddim":
         raise CommandError("--eta is DDIM's fresh noise: give --sampler ddim")
     words = words_of(args)

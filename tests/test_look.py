@@ -177,6 +177,7 @@ WRONG = {
     "alone": (["a cat", "--share"], "second prompt"),
     "too many": (["a"] * 9, "1 ... 8 texts"),
     "nowhere": (["a cat", "--at", "2,3"], "say 0.25,0.75"),
+    "controlled": (["a cat", "--control-model", str(twins.TINY / "controlnet")], "without ControlNets"),
 }
 
 
