@@ -240,7 +240,8 @@ def test_what_a_scheduler_does_not_say_is_what_diffusers_does_without_it(tmp_pat
 @pytest.mark.parametrize("change", [{"prediction_type": "flow"}, {"beta_schedule": "sigmoid"}, {"trained_betas": [0.1]},
                                     {"beta_start": float("nan")}, {"beta_end": 2.0}, {"beta_start": -1e-4},
                                     {"beta_end": True}, {"beta_end": "0.02"}, {"num_train_timesteps": 0},
-                                    {"num_train_timesteps": 1e12}, {"steps_offset": -1},
+                                    {"num_train_timesteps": 1e12}, {"steps_offset": -1}, {"beta_end": None},
+                                    {"use_karras_sigmas": "no"}, {"num_train_timesteps": 2.5},
                                     {"timestep_spacing": "odd"}, {"steps_offset": "x"},
                                     {"_class_name": "EDMDPMSolverMultistepScheduler"},
                                     {"_class_name": "FlowMatchEulerDiscreteScheduler"}])  # fmt: skip

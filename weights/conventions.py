@@ -65,10 +65,17 @@ def of_scheduler(scheduler: Mapping[str, Any], index: Mapping[str, Any], unet: M
     spread = "linspace" if kind.startswith(SPREAD) else "leading"
     size = unet.get("sample_size") or 64
 
-    def number(name: str, default: float, low: float, high: float) -> float:
+    def number(name: str, default: float, low: float, high: float, kind: type = float) -> float:
         value = scheduler.get(name, default)
-        if isinstance(value, bool) or not isfinite(value) or not low <= value <= high:
-            raise ConfigError(f"scheduler_config.json says {name} = {value!r}; it lies in {low:g} ... {high:g}")
+        good = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        if not good or not low <= value <= high or kind(value) != value:
+            what = "a whole number" if kind is int else "a number"
+            raise ConfigError(f"scheduler_config.json says {name} = {value!r}, not {what} in {low:g} ... {high:g}")
+        return value
+
+    def switch(name: str) -> bool:
+        if not isinstance(value := scheduler.get(name) or False, bool):
+            raise ConfigError(f"scheduler_config.json says {name} = {value!r}, not true or false")
         return value
 
     try:
@@ -77,11 +84,11 @@ def of_scheduler(scheduler: Mapping[str, Any], index: Mapping[str, Any], unet: M
             betas=said("beta_schedule", BETAS, betas),
             beta_0=float(number("beta_start", beta_0, 1e-12, 0.999)),
             beta_1=float(number("beta_end", beta_1, 1e-12, 0.999)),
-            steps=int(number("num_train_timesteps", 1000, 1, 1_000_000)),
-            zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+            steps=int(number("num_train_timesteps", 1000, 1, 1_000_000, int)),
+            zero_terminal_snr=switch("rescale_betas_zero_snr"),
             spacing=said("timestep_spacing", dict(zip(SPACINGS, SPACINGS, strict=True)), spread),
-            offset=int(number("steps_offset", 0, 0, 1_000_000)),
-            karras=bool(scheduler.get("use_karras_sigmas", False)),
+            offset=int(number("steps_offset", 0, 0, 1_000_000, int)),
+            karras=switch("use_karras_sigmas"),
             zero_negative=bool(index.get("force_zeros_for_empty_prompt", False)),
             aesthetic=bool(index.get("requires_aesthetics_score", False)),
             side=8 * int(max(size) if isinstance(size, list) else size),
