@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..model.blocks import Words
+from ..model.ops import TORCH, triton
+from ..model.unet import words
 from .anchors import Kept
 from .consistory import Others, others
 from .scene import Scene, Settings
@@ -72,3 +76,21 @@ class Cast:
     pinned: Callable[[float], Tensor] | None = None  # t -> the first pictures as they are to be seen then, (P, C, H, W)
     align: bool = False
     given: Callable[[int, int, Masks], Masks] | None = None  # (stage, call, masks) -> others in the place of those
+
+    @property
+    def injects(self) -> bool:
+        """Whether anything is injected anywhere on the path."""
+        return any(self.settings.injects(t) for t in self.path[:-1])
+
+    @cached_property
+    def words(self) -> Words:
+        """What the network reads of the prompts, negative ones in front; these are not read where they are zeros.
+
+        That is so where no other method is in the verbs, which would be told of the other half alone, and where this
+        one does anything: else the walk is the plain one, bit for bit.
+        """
+        scene, weight = self.scene, next(self.scene.unet.parameters())
+        texts = [prompt.context.to(weight) for prompt in (scene.negative, scene.positive) if prompt is not None]
+        alone = scene.ops.attend in (TORCH.attend, triton().attend) and (self.settings.attend or self.injects)
+        silent = scene.images if alone and len(texts) > 1 and not bool(texts[0].any()) else 0
+        return words(scene.unet, torch.cat(texts), silent)

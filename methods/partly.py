@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..model.blocks import Cond
+from ..model.blocks import Cond, Words
 from ..model.ops import Ops, Site
 from ..model.unet import Transformer, UNet
 
@@ -22,19 +22,19 @@ def to_attention(unet: UNet, h: Tensor, skips: list[Tensor], c: Cond, ops: Ops, 
     Raises ValueError for a site that is no attention of the decoder.
     """
     side, _, number = site.stage.partition(".")
-    if side != "dec" or site.kind not in ("self", "cross") or c.context is None:
+    if side != "dec" or site.kind not in ("self", "cross") or c.text is None:
         raise ValueError(f"{site} is no attention of a decoder that reads text")
     last = int(number)
     x = ops.join(Site(site.stage, 0, "join"), stages(unet, h, skips, c, ops, last), skips[-1 - last])
     for module in unet.dec[last]:  # pyright: ignore[reportGeneralTypeIssues]
         if isinstance(module, Transformer):
-            inside(module, x, c.context, ops, site)
+            inside(module, x, c.text, ops, site)
             return
         x = module(x, c, ops)
     raise ValueError(f"{site} is no attention of this network: {site.stage} has none")
 
 
-def inside(module: Transformer, x: Tensor, context: Tensor, ops: Ops, site: Site) -> None:
+def inside(module: Transformer, x: Tensor, context: Tensor | Words, ops: Ops, site: Site) -> None:
     """The same within a transformer that takes x (B, C, H, W)."""
     y = module.proj_in(module.norm(x, ops).flatten(2).transpose(1, 2))
     for i, block in enumerate(module.blocks):

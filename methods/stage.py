@@ -76,7 +76,7 @@ class Stage:
         scene, now = self.cast.scene, self.at(t)
         embed = conditioning(scene.unet, scene.positive, scene.ids)
         self.leave(now)
-        c, heard = embed(t), Heard(keep_pools=self.cast.keep is not None)
+        c, heard = self.read(embed(t)), Heard(keep_pools=self.cast.keep is not None)
         deep = self.deep(scene.positive, scene.ids, c, self.pin(x, now), t)
         told = self.told(1, now)
         ops = consistory(scene.ops, self.where, told, heard)
@@ -108,11 +108,16 @@ class Stage:
         embed = conditioning(self.cast.scene.unet, prompt, ids)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            c, now = embed(t), self.at(t)
+            c, now = self.read(embed(t)), self.at(t)
             self.leave(now)
             return self.passed(self.deep(prompt, ids, c, x, t), c, x, now)
 
         return predict
+
+    def read(self, c: Cond) -> Cond:
+        """The same with what was read of the text, of both halves or of the conditional one."""
+        both = len(c.emb) > self.cast.scene.images or self.cast.scene.negative is None
+        return c._replace(words=self.cast.words if both else self.cast.words.last(len(c.emb)))
 
     def deep(self, prompt: Prompt, ids: Tensor | None, c: Cond, x: Tensor, t: Tensor) -> Deep:
         """Encoder, bottleneck and ControlNets at x; those are run once for any number of encodings."""

@@ -96,7 +96,7 @@ class Story:
     @property
     def two(self) -> bool:
         """Whether there is a second stage: whether anything is injected anywhere on the path."""
-        return any(self.cast.settings.injects(t) for t in self.cast.path[:-1])
+        return self.cast.injects
 
     def steps(self) -> Iterator[tuple[int, Step]]:
         """(1 or 2, Step) for each step of both stages; afterwards `x` is the pictures' latents."""

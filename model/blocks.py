@@ -1,7 +1,7 @@
 """What every UNet here is built from: the contract of three lists, and the modules that speak the verbs."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,11 +11,28 @@ from torch import Tensor, nn
 from .ops import TORCH, Ops, Site
 
 
+class Words(NamedTuple):
+    """What a network has read of a text once, for any number of timesteps: keys and values of every attention to it."""
+
+    read: Mapping[str, tuple[Tensor, Tensor]]  # by stage and depth, "dec.1.3"; 2 x (B - silent, heads, M, D)
+    silent: int = 0  # rows in front whose text is zeros: they get the last projection's bias, whatever they ask
+
+    def last(self, n: int) -> "Words":
+        """Those of the last n rows, none of them silent."""
+        return Words({name: (k[-n:], v[-n:]) for name, (k, v) in self.read.items()})
+
+
 class Cond(NamedTuple):
     """What conditions every block: the time embedding, and text tokens where a network takes any."""
 
     emb: Tensor  # (B, E)
     context: Tensor | None = None  # (B, M, C)
+    words: Words | None = None  # in the place of the context, where that has been read
+
+    @property
+    def text(self) -> Tensor | Words | None:
+        """What attentions to the text are given."""
+        return self.context if self.words is None else self.words
 
 
 class ThreeLists(nn.Module):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Cond, Norm, Stage, Stem, ThreeLists, Up, sinusoid
+from .blocks import Cond, Norm, Stage, Stem, ThreeLists, Up, Words, sinusoid
 from .ops import Ops, Site
 
 
@@ -84,10 +84,24 @@ class Attention(nn.Module):
         self.k, self.v = (nn.Linear(context_dim, dim, bias=False) for _ in range(2))
         self.out = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, ops: Ops) -> Tensor:  # (B, N, C), (B, M, D) -> (B, N, C)
-        parts = (self.q(x), self.k(context), self.v(context))
-        q, k, v = (y.view(*y.shape[:2], *self.split).transpose(1, 2) for y in parts)
-        return self.out(ops.attend(self.site, q, k, v).transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, context: Tensor | Words, ops: Ops) -> Tensor:  # (B, N, C), (B, M, D) -> (B, N, C)
+        silent = 0
+        if isinstance(context, Tensor):
+            k, v = self.read(context)
+        else:
+            (k, v), silent = context.read[f"{self.site.stage}.{self.site.depth}"], context.silent
+        y = ops.attend(self.site, self.heads(self.q(x[silent:])), k, v).transpose(1, 2).flatten(2)
+        if not silent:
+            return self.out(y)
+        nothing = self.out(y.new_zeros(silent, 1, y.shape[2]))  # any mean of values that are 0
+        return torch.cat([nothing.expand(-1, y.shape[1], -1), self.out(y)])
+
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values.  (B, M, D) -> 2 x (B, heads, M, C / heads)."""
+        return self.heads(self.k(context)), self.heads(self.v(context))
+
+    def heads(self, y: Tensor) -> Tensor:  # (B, N, C) -> (B, heads, N, C / heads)
+        return y.view(*y.shape[:2], *self.split).transpose(1, 2)
 
 
 class TransformerBlock(nn.Module):
@@ -104,7 +118,7 @@ class TransformerBlock(nn.Module):
             Site(stage, depth, "ff"),
         )
 
-    def forward(self, x: Tensor, context: Tensor, ops: Ops) -> Tensor:  # (B, N, C), (B, M, D) -> (B, N, C)
+    def forward(self, x: Tensor, context: Tensor | Words, ops: Ops) -> Tensor:  # (B, N, C), (B, M, D) -> (B, N, C)
         y = self.norm1(x)
         x = ops.add(self.self_attn.site, x, self.self_attn(y, y, ops))
         x = ops.add(self.cross_attn.site, x, self.cross_attn(self.norm2(x), context, ops))
@@ -126,11 +140,11 @@ class Transformer(nn.Module):
         self.site = Site(stage, 0, "transformer")
 
     def forward(self, x: Tensor, c: Cond, ops: Ops) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
-        if c.context is None:
+        if c.text is None:
             raise ValueError("the network takes text: c.context is None, where tokens (B, M, C) should be")
         y = self.proj_in(self.norm(x, ops).flatten(2).transpose(1, 2))
         for block in self.blocks:
-            y = block(y, c.context, ops)
+            y = block(y, c.text, ops)
         return ops.add(self.site, x, self.proj_out(y).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
@@ -178,6 +192,15 @@ class Conditioned(nn.Module):
             return Cond(emb, context)
         sizes = sinusoid(ids.to(t.device).flatten(), cfg.id_dim, cos_first=True, last_exponent=False)
         return Cond(emb + self.vector(torch.cat([pooled.to(dtype), sizes.view(b, -1).to(dtype)], dim=1)), context)
+
+
+def words(net: nn.Module, context: Tensor, silent: int = 0) -> Words:
+    """What a network reads of a text (B, M, C), once for all timesteps; the first `silent` rows of it are zeros.
+
+    A verb `attend` is then told of the other rows alone, in attention to the text.
+    """
+    found = [part for part in net.modules() if isinstance(part, Attention) and part.site.kind == "cross"]
+    return Words({f"{one.site.stage}.{one.site.depth}": one.read(context[silent:]) for one in found}, silent)
 
 
 def stage(name: str, cin: int, cout: int, depth: int | None, cfg: UNetConfig) -> Stage:

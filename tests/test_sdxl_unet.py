@@ -202,6 +202,20 @@ def test_a_published_network_has_its_parameters_its_skips_and_its_h(name: str):
     assert (tuple(h.shape), len(emitted)) == ((1, width, side, side), skips)
 
 
+def test_a_text_that_was_read_before_and_one_of_zeros_that_was_not_give_the_same():
+    net, (x, t, cond) = random_net(twins.XL), inputs(twins.XL)
+    cond["context"] = torch.cat([torch.zeros_like(cond["context"][:2]), cond["context"][2:]])
+    c = net.embed(t, **cond)
+    eps = net(x, c)
+    read = c._replace(words=unet.words(net, cond["context"]))
+    assert torch.equal(net(x, read), eps)
+    half = c._replace(words=unet.words(net, cond["context"], silent=2))
+    assert float((net(x, half) - eps).abs().max()) <= 1e-5 * float(eps.abs().max())
+    assert half.words is not None
+    alone = Cond(c.emb[2:], words=half.words.last(1))
+    assert float((net(x[2:], alone) - eps[2:]).abs().max()) <= 1e-5 * float(eps.abs().max())
+
+
 def test_missing_and_misshapen_conditioning_is_an_error_that_names_it():
     net, (_, t, cond) = random_net(twins.XL), inputs(twins.XL)
     plain, (_, _, other) = random_net(twins.SD1), inputs(twins.SD1)

@@ -161,6 +161,29 @@ def test_without_attention_and_injection_it_is_a_plain_walk():
     assert torch.equal(plain(), last.x)
 
 
+def test_text_is_read_once_and_a_negative_one_of_zeros_not_at_all():
+    told = scene()
+    assert told.negative is not None
+    said = replace(told, negative=told.negative._replace(context=told.negative.context + 1e-300))
+    read: list[int] = []
+
+    def listening(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        read.append(len(inputs[0]))
+
+    made = []
+    hooks = [block.cross_attn.k.register_forward_hook(listening) for block in UNET.mid[1].blocks]  # pyright: ignore
+    try:
+        with torch.no_grad():
+            for one in (told, said, replace(told, ops=replace(TORCH, attend=lambda *rest: TORCH.attend(*rest)))):
+                made.append(walked(story(scene=one)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert read == [3, 6, 6]  # rows, once for both walks
+    for x in made[1:]:
+        assert float((x - made[0]).abs().max()) <= 1e-9 * float(x.abs().max())
+
+
 def test_empty_masks_and_full_dropout_change_nothing_but_rounding():
     n = places(UNET.cfg)
     sizes = n.sizes(world.SIZE)
