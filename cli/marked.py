@@ -11,14 +11,15 @@ TINT = (255, 96, 32)
 
 
 def mask_picture(mask: Tensor, size: tuple[int, int]) -> Image.Image:
-    """A mask (N,) of `size`, (height, width), in white on black."""
-    pixels = mask.detach().cpu().reshape(size).numpy().astype(np.uint8) * 255
-    return Image.fromarray(pixels)
+    """A mask (N,) of `size`, (height, width), in the tint of `overlaid` on black: either is seen on white paper."""
+    pixels = mask.detach().cpu().reshape(*size, 1).numpy()
+    return Image.fromarray(np.where(pixels, TINT, 0).astype(np.uint8))
 
 
 def overlaid(picture: Image.Image, mask: Tensor, size: tuple[int, int]) -> Image.Image:
     """A picture, tinted where the mask (N,) of `size` is, and darker elsewhere."""
-    inside = mask_picture(mask, size).resize(picture.size, Image.Resampling.NEAREST)
+    pixels = mask.detach().cpu().reshape(size).numpy().astype(np.uint8) * 255
+    inside = Image.fromarray(pixels).resize(picture.size, Image.Resampling.NEAREST)
     base = picture.convert("RGB")
     lit = Image.blend(base, Image.new("RGB", picture.size, TINT), 0.3)
     dark = Image.blend(base, Image.new("RGB", picture.size, (0, 0, 0)), 0.55)

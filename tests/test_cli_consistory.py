@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diaphane.cli.main import main
-from diaphane.cli.marked import matched, overlaid
+from diaphane.cli.marked import TINT, mask_picture, matched, overlaid
 from PIL import Image
 
 from . import latent_twins as twins
@@ -165,6 +165,8 @@ def test_masks_and_matches_are_drawn_where_they_are():
     laid = np.asarray(overlaid(grey, torch.tensor([True, False]), (1, 2))).astype(int)
     assert (laid[:, :4, 0] > 100).all()
     assert (laid[:, 4:] < 100).all()
+    alone = np.asarray(mask_picture(torch.tensor([True, False]), (1, 2)))
+    assert (tuple(alone[0, 0]), tuple(alone[0, 1])) == (TINT, (0, 0, 0))  # neither is the paper's white
     lines = matched(grey, grey, torch.tensor([1, 0]), torch.tensor([True, False]), (1, 2))
     assert lines.size == (24, 4)
     assert np.abs(np.asarray(lines).astype(int)[2, 3] - 100).max() > 50
