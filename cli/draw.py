@@ -53,6 +53,8 @@ def check(args: argparse.Namespace, net: latents.Loaded) -> None:
         raise CommandError("the model is one for inpainting: give --init and --mask")
     if bool(args.control) != bool(net.control):
         raise CommandError("--control is the hint of --control-model: give both")
+    if args.control_scale != 1 and not args.control:
+        raise CommandError("--control-scale is how much of --control: give --control and --control-model")
 
 
 def strength(args: argparse.Namespace) -> float:

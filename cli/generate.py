@@ -20,6 +20,7 @@ from .sheet import grid
 from .trajectory import unpacked
 
 SAMPLERS = {"euler": "Euler", "euler-a": "Euler a", "heun": "Heun", "dpmpp": "DPM++ 2M", "ddim": "DDIM", "ddpm": "DDPM"}
+STEPS, SAMPLER = 30, "euler"  # by default
 LOAD = latents.loaded
 ABOUT = """\
 Draw pictures from text with Stable Diffusion XL, 1 or 2.
@@ -69,8 +70,8 @@ def arguments(p: options.Parser, command: str) -> options.Parser:
 def sampling(
     p: options.Parser,
     *,
-    steps: int = 30,
-    sampler: str = "euler",
+    steps: int = STEPS,
+    sampler: str = SAMPLER,
     guidance: float | None = 5.0,
     freeu: str = "none",
 ) -> None:
@@ -212,6 +213,10 @@ def resumed(args: argparse.Namespace, session: Session, net: latents.Loaded) -> 
     own = f"{width * net.parts.factor}x{height * net.parts.factor}"
     if args.size not in (None, own):
         raise CommandError(f"--size {args.size}: {args.trajectory} is of {own}")
+    told = {"steps": (STEPS, n), "sampler": (SAMPLER, "ddim"), "spacing": (None,)}  # as the default, or as it is
+    if other := [name for name, values in told.items() if getattr(args, name) not in values]:
+        raise CommandError(f"--{other[0]} {getattr(args, other[0])}: {args.trajectory} has {n} steps of DDIM, and its "
+                           "own timesteps")  # fmt: skip
     if (args.skip or 0) >= n:
         raise CommandError(f"--skip {args.skip} leaves none of {n} steps of {args.trajectory}")
     args.size, args.steps, args.sampler = own, n, "ddim"

@@ -273,6 +273,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
         ("--init", MODEL): "is a folder",
         ("--control", photo): "give both",
         ("--control-model", CONTROL): "give both",
+        ("--control-scale", "0.5"): "give --control and",
         ("--control", photo, "--control-model", twins.TINY / "unet"): "not a ControlNet",
         ("--lora", tmp_path / "nothing"): "there is no",
         ("--lora", f"{other}:900"): "-100 ... 100",

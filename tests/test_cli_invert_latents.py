@@ -214,6 +214,9 @@ def test_files_that_are_no_trajectory_are_refused_by_name(tmp_path: Path, capsys
     begin = ("generate", "x", "--model", MODEL, "--from", tmp_path / "t.safetensors")
     assert "is of 32x32" in refused(capsys, *begin, "--size", 64)
     assert "leaves none of 2 steps" in refused(capsys, *begin, "--skip", 2)
+    for words in (("--steps", 9), ("--sampler", "heun"), ("--spacing", "karras")):
+        assert f"{words[0]} {words[1]}: " in (error := refused(capsys, *begin, *words))
+        assert "has 2 steps of DDIM" in error
     assert "two places to begin" in refused(capsys, *begin, "--init", tmp_path / "a.png")
     assert "give --from" in refused(capsys, "generate", "x", "--model", MODEL, "--skip", 2)
 
