@@ -59,6 +59,7 @@ class Branch(NamedTuple):
     history: tuple[Tensor, ...]  # maps
     focus: Focus | None
     plain: dict[str, Tensor]  # queries of the plain pass at that call, where it has one
+    other: Tensor | None = None  # what is predicted there under the negative texts, which nothing is injected into
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,12 @@ class Cast:
     given: Callable[[int, int, Masks], Masks] | None = None  # (stage, call, masks) -> others in the place of those
 
     @property
+    def apart(self) -> bool:
+        """Whether no other method is in the verbs that makes one row of the batch depend on another, or tells them."""
+        ops, fast = self.scene.ops, triton()
+        return ops.attend in (TORCH.attend, fast.attend) and ops.group_norm in (TORCH.group_norm, fast.group_norm)
+
+    @property
     def injects(self) -> bool:
         """Whether anything is injected anywhere on the path."""
         return any(self.settings.injects(t) for t in self.path[:-1])
@@ -91,6 +98,6 @@ class Cast:
         """
         scene, weight = self.scene, next(self.scene.unet.parameters())
         texts = [prompt.context.to(weight) for prompt in (scene.negative, scene.positive) if prompt is not None]
-        alone = scene.ops.attend in (TORCH.attend, triton().attend) and (self.settings.attend or self.injects)
-        silent = scene.images if alone and len(texts) > 1 and not bool(texts[0].any()) else 0
+        acts = self.settings.attend or self.injects
+        silent = scene.images if self.apart and acts and len(texts) > 1 and not bool(texts[0].any()) else 0
         return words(scene.unet, torch.cat(texts), silent)

@@ -10,7 +10,7 @@ from ..model.blocks import Cond
 from ..model.controlnet import Residuals, controlled
 from ..model.ops import Ops
 from ..samplers.guidance import guided
-from ..samplers.parameterisation import as_eps
+from ..samplers.parameterisation import Denoise, as_eps
 from .anchors import Kept, cached
 from .cast import Branch, Cast, Focus, Masks, Tally
 from .consistory import Heard, Places, Told, consistory, places
@@ -46,6 +46,7 @@ class Stage:
         self.history: list[Tensor] = list(branch.history) if branch else []
         self.focus = branch.focus if branch else None
         self.plain = branch.plain if branch else {}
+        self.other = branch.other if branch and cast.apart and cast.keep is None else None
         self.eps: list[Tensor] = []
         self.branch: Branch | None = None
         self.feature: Tensor | None = None  # (B, C, H, W)
@@ -55,7 +56,7 @@ class Stage:
         if scene.negative is not None:
             ids, other = scene.ids, scene.negative_ids
             two = None if ids is None else torch.cat([ids if other is None else other, ids])
-            both = self.network(beside(scene.negative, scene.positive), two)
+            both = self.beginning(self.network(beside(scene.negative, scene.positive), two), alone)
         scale = scene.guidance if scene.negative is not None else 1.0
         whole = guided(both, alone, scale, rescale=scene.rescale, interval=scene.interval)
         self.denoise = as_eps(whole, scene.schedule, scene.prediction)
@@ -111,6 +112,17 @@ class Stage:
             c, now = self.read(embed(t)), self.at(t)
             self.leave(now)
             return self.passed(self.deep(prompt, ids, c, x, t), c, x, now)
+
+        return predict
+
+    def beginning(self, both: Denoise, alone: Denoise) -> Denoise:
+        """The network of both halves; where the second stage begins, the negative one is as it was in the first."""
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            if self.other is None or self.calls != len(self.replayed):
+                return both(x, t)
+            n = self.cast.scene.images
+            return torch.cat([self.other, alone(x[-n:], t[-n:])])
 
         return predict
 
@@ -176,6 +188,7 @@ class Stage:
         encoded = None
         if share:
             plain = self.plain if self.calls == len(self.replayed) else {}
+            plain = {site: q[-len(x) :] for site, q in plain.items()}
             if not plain:
                 ops = consistory(scene.ops, self.where, told, heard)
                 alone = deep(scene.ops) if told.carried is not None else deep(ops)
@@ -195,6 +208,8 @@ class Stage:
             self.count(len(x), encoders=1)
         out = scene.unet.decode(*encoded, c, ops)[:, : x.shape[1]].to(x.dtype)
         self.count(len(x), decoders=1)
+        if self.branch is not None and self.calls == len(self.branch.eps) and len(x) > scene.images:
+            self.branch = self.branch._replace(other=out[: -scene.images])
         self.note(heard, told, now, (x.shape[2], x.shape[3]))
         return out
 

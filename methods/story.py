@@ -11,6 +11,7 @@ pictures with less:
     up to the injection both stages are the same: the second repeats the first's predictions, so that any
     sampler, with its noise and its memory, comes to the same x; and it takes over the queries there          -10
     a plain pass shares encoder and bottleneck with the call beside it, and ends at the decoder's last query   -5 x 0.5
+    nothing is injected into the negative half: where stage 2 begins, that half is as in stage 1               -0.5
     stage 1 ends at its last map, which only the conditional half has                                          -0.6
 
 `early` ends stage 1 at the feature, as the paper has it, with the masks of then: 13 calls less, other pictures.

@@ -64,7 +64,7 @@ def photos(tmp_path: Path) -> list[str]:
 
 def test_pictures_say_what_made_them_and_any_is_made_again(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     said = consistory(capsys, tmp_path / "a", "--style", "A photo of")
-    assert "3 pictures in 9.3 passes each of the UNet (published: 12)" in said
+    assert "3 pictures in 8.8 passes each of the UNet (published: 12)" in said
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["0001.png", "0002.png", "0003.png", "sheet.png"]
     about = record(tmp_path / "a" / "0002.png")
     assert (about["prompt"], about["seed"]) == ("A photo of a cat asleep", 1)
