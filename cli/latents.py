@@ -79,8 +79,8 @@ def options(p: argparse.ArgumentParser) -> None:
 def parts(p: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
     """The options that say which parts a model has, for commands that take models of other kinds too."""
     p.add_argument("--variant", help='which weights of a folder or repository: "fp16" for model.fp16.safetensors')
-    p.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt (default: the model's "
-                   "own; for single files, which hold none, CLIP's, which ships with the package)")  # fmt: skip
+    p.add_argument("--tokenizer", help="a folder or repository with vocab.json and merges.txt, or tokenizer.json "
+                   "(default: the model's own; for single files CLIP's, which ships with the package)")  # fmt: skip
     p.add_argument("--literal", action="store_true", help='a "!" in a text is text for SDXL\'s second tower too, not '
                    "padding as transformers has it")  # fmt: skip
     p.add_argument("--vae", help="an autoencoder in place of the model's: a file, folder or repository")

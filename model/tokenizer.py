@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,24 +107,45 @@ def letters() -> dict[int, str]:
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """Tokens and their ids.  Raises ValueError where the file is no such json."""
-    try:
-        words = json.loads(path.read_bytes())
-    except ValueError as e:
-        raise ValueError(f"{path} is not json: {e}") from e
+    """Tokens and their ids, of a file of these or of a whole tokeniser.  Raises ValueError where it is no such json."""
+    words: Any = parsed(path)
+    if isinstance(words, dict) and isinstance(whole := words.get("model"), dict):
+        added = [row for row in words.get("added_tokens") or () if isinstance(row, dict)]
+        vocabulary = whole.get("vocab")
+        held = vocabulary if isinstance(vocabulary, dict) else {}
+        words = held | {row.get("content"): row.get("id") for row in added}
     if not isinstance(words, dict) or not all(type(i) is int and i >= 0 for i in words.values()):
         raise ValueError(f"{path} is no vocabulary: it should map tokens to ids")
     return words
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """Pairs in order of their merging, under a version or not.  Raises ValueError for a line that is no pair."""
-    pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        pair = line.rstrip("\r").split(" ")
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"{path}, line {number}: {line[:40]!r} is no pair of tokens")
-        pairs.append((pair[0], pair[1]))
-    return pairs
+    """Pairs in order of their merging, of lines under a version or not, or of a whole tokeniser.
+
+    Raises ValueError for what is no pair.
+    """
+    if path.suffix == ".json":
+        whole = parsed(path)
+        model = whole.get("model") if isinstance(whole, dict) else None
+        rows = model.get("merges") if isinstance(model, dict) else None
+        if not isinstance(rows, list):
+            raise ValueError(f"{path} has no merges: it is no tokeniser of byte pairs")
+        numbered = list(enumerate((row.split(" ") if isinstance(row, str) else row for row in rows), 1))
+    else:
+        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+        found = [(i, line) for i, line in lines if line and not (i == 1 and line.startswith("#version"))]
+        numbered = [(i, line.rstrip("\r").split(" ")) for i, line in found]
+    for number, pair in numbered:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            said = " ".join(map(str, pair)) if isinstance(pair, list) else str(pair)
+            what = "merge" if path.suffix == ".json" else "line"
+            raise ValueError(f"{path}, {what} {number}: {said[:40]!r} is no pair of tokens")
+    return [(first, second) for _, (first, second) in numbered]
+
+
+def parsed(path: Path) -> object:
+    """A json file.  Raises ValueError."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not json: {e}") from e

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from diaphane.model.tokenizer import END, Tokenizer
+from diaphane.weights.words import Folder, words_in
 
 from .latent_twins import CASES, TINY
 
@@ -91,6 +92,44 @@ def test_what_is_no_text_is_an_error():
         tokenizer([3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"half a character \(a lone surrogate\) at 2"):
         tokenizer("ab\ud800")
+
+
+@pytest.mark.parametrize("folder", PADS)
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_tokeniser_in_one_file_is_the_same(tmp_path: Path, folder: str, joined: bool):
+    from transformers import CLIPTokenizer
+
+    CLIPTokenizer.from_pretrained(TINY / folder).save_pretrained(tmp_path / "tokenizer")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    if joined:  # as older files have their pairs
+        whole = json.loads(file.read_text())
+        whole["model"]["merges"] = [" ".join(pair) for pair in whole["model"]["merges"]]
+        file.write_text(json.dumps(whole))
+    words = words_in(Folder(str(tmp_path)), "tokenizer")
+    assert words == (file, file, PADS[folder])
+    ours, theirs = Tokenizer(words.vocabulary, words.merges, pad=words.pad), tiny(folder)
+    texts = ["In the Quality of a cat's ½ ☕, 42!!", "", "<|endoftext|>"]
+    assert ours(texts).tolist() == theirs(texts).tolist()
+    assert ours.size == theirs.size
+
+
+@pytest.mark.parametrize(
+    ("whole", "what"),
+    [
+        ('{"model": {"type": "Unigram", "vocab": [["a", 0.5]]}}', "has no merges"),
+        ('{"model": {"vocab": {"a": 0}, "merges": [["a"]]}}', "merge 1: 'a' is no pair"),
+        ('{"model": {"vocab": {"a": 0}, "merges": []}}', r"has no <\|startoftext\|>"),
+        ('{"model": {"vocab": {"a": "b"}, "merges": []}}', "should map tokens to ids"),
+        ("[]", "has no merges"),
+        ("{", "is not json"),
+    ],
+)
+def test_one_file_that_is_no_tokeniser_of_clip_is_an_error_that_names_it(tmp_path: Path, whole: str, what: str):
+    (tmp_path / "tokenizer.json").write_text(whole)
+    with pytest.raises(ValueError, match=what):
+        Tokenizer(tmp_path / "tokenizer.json", tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(

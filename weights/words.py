@@ -42,7 +42,10 @@ class Folder:
 
 
 class Words(NamedTuple):
-    """The files of a tokeniser, and the token that fills up.  Without a vocabulary it is what the merges give."""
+    """The files of a tokeniser, or twice one of both, and the token that fills up.
+
+    Without a vocabulary it is what the merges give.
+    """
 
     vocabulary: Path | None
     merges: Path
@@ -53,6 +56,8 @@ def words_in(folder: Folder, at: str, pad: str | None = None) -> Words | None:
     """The tokeniser in a folder of a folder ("": in itself), or None where there is none."""
     inside = f"{at}/" if at else ""
     vocabulary, merges = folder.file(f"{inside}vocab.json"), folder.file(f"{inside}merges.txt")
+    if vocabulary is None or merges is None:
+        vocabulary = merges = folder.file(f"{inside}tokenizer.json")  # both in one, as transformers writes since 5.0
     if vocabulary is None or merges is None:
         return None
     for name in ("tokenizer_config.json", "special_tokens_map.json") if pad is None else ():
