@@ -52,12 +52,15 @@ def by_level(cfg: UNetConfig, share: float) -> frozenset[Site]:
 def by_name(cfg: UNetConfig, names: Iterable[str]) -> frozenset[Site]:
     """The self-attentions of stages, modules or single layers, in any of the three spellings (`model.sites`).
 
-    "dec.1", "up_blocks.0.attentions.1", "output_blocks.1.1.3.self".  Raises SiteError for a name that no place has,
-    and for a place without self-attention.
+    "dec.1", "up_blocks.0.attentions.1", "output_blocks.1.1.3.self"; a whole block too, as in "up_blocks.0".  Raises
+    SiteError for a name that no place has, and for a place without self-attention.
     """
     every, found = layers(cfg), set()
     for name in names:
-        if name.rpartition(".")[2] in KINDS:
+        inside = {p.stage for p in places(cfg) if p.diffusers.startswith(f"{name}.")}
+        if inside:
+            here = [place for place in every if place.stage in inside]
+        elif name.rpartition(".")[2] in KINDS:
             one = site(cfg, name)
             here = [one] if one in every else []
         else:

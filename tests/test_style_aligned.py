@@ -232,8 +232,11 @@ def test_layers_go_by_any_of_three_names():
     for name in ("dec.1.1.3.self", "up_blocks.0.attentions.1.transformer_blocks.3.attn1", "output_blocks.1.1.3.self"):
         assert by_name(SDXL, [name]) == one
     assert len(by_name(SDXL, ["mid", "mid_block", "enc.8"])) == 20
-    for name, words in (("enc.1", "no self-attention"), ("dec.1.1.3.cross", "no self-attention"), ("dec.99", "no dec"),
-                        ("dec.1.1.10.self", "10 transformer blocks")):  # fmt: skip
+    assert {place.stage for place in by_name(SDXL, ["up_blocks.0"])} == {"dec.0", "dec.1", "dec.2"}
+    assert {place.stage for place in by_name(SD15, ["up_blocks.1", "mid_block"])} == {"dec.3", "dec.4", "dec.5", "mid"}
+    wrong = {"no self-attention": ("enc.1", "up_blocks.2", "dec.1.1.3.cross"), "no dec": ("dec.99",),
+             "10 transformer blocks": ("dec.1.1.10.self",)}  # fmt: skip
+    for name, words in ((name, words) for words, names in wrong.items() for name in names):
         with pytest.raises(SiteError, match=words):
             by_name(SDXL, [name])
 
