@@ -407,6 +407,7 @@ def test_the_header_that_diffusers_writes_is_read(tmp_path: Path, whole: pipelin
 OLD = {
     "text encoders of PEFT": (r"^text_encoder\.", "base_model.model.text_encoder."),
     "text encoders of early 2023": (r"self_attn\.q_proj\.", "self_attn.to_q."),
+    "outputs of text encoders of early 2023": (r"self_attn\.out_proj\.lora_(A|B)\.", r"self_attn.to_out_lora.lora_\1."),
     "UNets of PEFT": (r"^unet\.", "base_model.model.unet."),
 }
 
@@ -418,6 +419,13 @@ def test_older_and_longer_names_are_the_same_weights(whole: pipeline.Pipeline, n
     assert renamed.keys() != tensors.keys()
     got, want = (lora.matched(found, whole.parts, said) for found in (renamed, tensors))
     assert {part: rows.keys() for part, rows in got.items()} == {part: rows.keys() for part, rows in want.items()}
+
+
+def test_a_file_of_two_adapters_is_refused(whole: pipeline.Pipeline):
+    tensors, said = spelled("PEFT", raw("PEFT"))
+    two = {key.replace(".weight", f".{name}.weight"): t for key, t in tensors.items() for name in ("first", "second")}
+    with pytest.raises(LayoutError, match=r"several adapters.*once more"):
+        lora.matched(two, whole.parts, said)
 
 
 def test_factors_that_are_not_finite_are_refused_by_name(whole: pipeline.Pipeline):

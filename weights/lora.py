@@ -21,7 +21,7 @@ from .names import Shape, matrix, shape_of
 NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 LEAF = re.compile(
     r"(?P<module>.+?)(?P<old>_lora)?\.(lora_linear_layer\.|lora\.)?"
-    r"(?P<leaf>lora_down|lora_up|lora_A|lora_B|down|up|alpha)(\.(?!weight)\w+)?(\.weight)?"
+    r"(?P<leaf>lora_down|lora_up|lora_A|lora_B|down|up|alpha)((\.\w+)?\.weight)?"
 )
 SIDES = {"lora_down": "down", "lora_A": "down", "lora_up": "up", "lora_B": "up"}
 # other ways to change weights, by a part of their keys
@@ -166,9 +166,12 @@ def number(value: Any, what: str) -> float:
 
 
 def grouped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Module -> its down, up and alpha, and keys that are none of these.  Raises LayoutError where there is no LoRA."""
+    """Module -> its down, up and alpha, and keys that are none of these.
+
+    Raises LayoutError where there is no LoRA, and where there are several.
+    """
     groups: dict[str, dict[str, Tensor]] = {}
-    unexpected = []
+    unexpected, doubled = [], []
     for key, tensor in tensors.items():
         m = LEAF.fullmatch(key)
         if m is None:
@@ -176,7 +179,12 @@ def grouped(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]]
             continue
         module = m["module"].replace(".processor.", ".") if m["old"] else m["module"]
         module += ".0" if m["old"] and module.endswith(".to_out") else ""
-        groups.setdefault(module, {})[SIDES.get(m["leaf"], m["leaf"])] = tensor
+        side, sides = SIDES.get(m["leaf"], m["leaf"]), groups.setdefault(module, {})
+        if side in sides:
+            doubled.append(f"{key} is {side} of {module} once more")
+        sides[side] = tensor
+    if doubled:
+        raise LayoutError("it holds several adapters: save one alone", doubled=doubled)
     if not any({"down", "up"} & set(sides) for sides in groups.values()):
         what = foreign(tensors) or f"no LoRA: {first(tensors) or 'it is empty'}"
         raise LayoutError(f"it is {what}; a LoRA has keys that end in lora_down.weight or lora_A.weight")
@@ -231,7 +239,8 @@ def spelled(parts: Mapping[str, Network]) -> dict[str, tuple[str, str, Shape]]:
                 spellings = [f"{head}.{module}".strip(".") for head in heads]
                 spellings += [f"{head}_{module}".replace(".", "_") for head in flat]
                 if m := re.fullmatch(r"(.+\.self_attn)\.(q|k|v|out)_proj", module):  # diffusers' own, in early 2023
-                    spellings += [f"{head}.{m[1]}.to_{m[2]}" for head in heads]
+                    leaf = "out.0" if m[2] == "out" else m[2]  # as `grouped` has it
+                    spellings += [f"{head}.{m[1]}.to_{leaf}" for head in heads]
                 known |= dict.fromkeys(spellings, (part, p.names[0], p.shape))
     return known
 
