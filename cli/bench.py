@@ -154,7 +154,11 @@ def ready(name: str | None, option: str, overwrite: bool) -> Path | None:
 
 
 def contests(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[Contest]:
-    """One after the other, with what the one before held given back."""
+    """One after the other, with what the one before held given back.
+
+    Raises CommandError, at the end, for a word of `--way` that no rival had in its name.
+    """
+    met: set[str] = set()
     for entry, case in chosen(args, device.type):
         gc.collect()
         torch.compiler.reset()
@@ -162,7 +166,13 @@ def contests(args: argparse.Namespace, device: torch.device, dtype: torch.dtype)
             torch.cuda.empty_cache()
         contest = entry.contest(entry.cases[case], dtype, device)
         ways = {n: w for n, w in contest.ways.items() if not args.way or n == OURS or any(x in n for x in args.way)}
+        met |= set(contest.ways)
         yield contest._replace(ways=ways)
+    for word in args.way or []:
+        if not any(word in name for name in met):
+            raise CommandError(
+                f"--way {word}: no rival has it in its name; there are {', '.join(sorted(met - {OURS}))}"
+            )
 
 
 def run(argv: Sequence[str]) -> int:

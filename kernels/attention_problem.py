@@ -66,19 +66,20 @@ class Problem:
         size = sum(x.numel() * x.element_size() for x in (self.q, self.q, self.k, self.v))
         return Work(4.0 * pairs * case.dim, pairs, size)
 
-    def written_out(self, dtype: torch.dtype, heads: list[int]) -> Tensor:
-        """Some heads by the definition, keys side by side."""
+    def written_out(self, dtype: torch.dtype, heads: list[int]) -> tuple[Tensor, float]:
+        """Some heads by the definition, keys side by side, and the largest log-sum-exp of their logits."""
         q, k, v = (x[:, heads].to(dtype) for x in (self.q, self.k, self.v))
         own_q, own_k = (q, k) if self.ref is None else (reference.adain(q, self.ref), reference.adain(k, self.ref))
         every, values = (x.transpose(0, 1).flatten(1, 2) for x in (k, v))
-        outs = []
+        outs, peak = [], 0.0
         for i, rows in enumerate(self.rows):
             keys = torch.cat([own_k[i], every[:, rows[self.m :]]], 1)
             logits = own_q[i] @ keys.transpose(-2, -1) * self.scale
             near, far = logits.split([self.m, len(rows) - self.m], -1)
-            weights = torch.cat([near, far * self.case.scale + self.case.shift], -1).softmax(-1)
-            outs.append(weights @ values[:, rows])
-        return torch.stack(outs)
+            logits = torch.cat([near, far * self.case.scale + self.case.shift], -1)
+            peak = max(peak, logits.logsumexp(-1).abs().max().item())
+            outs.append(logits.softmax(-1) @ values[:, rows])
+        return torch.stack(outs), peak
 
     def judge(self, found: Tensor) -> tuple[float, float]:
         """The error of the heads that are looked at, and the most."""
@@ -89,5 +90,7 @@ class Problem:
     def _truth(self) -> tuple[list[int], Tensor, float]:
         every = list(range(self.case.heads))
         heads = every if self.device.type == "cuda" else sorted({0, len(every) // 2, len(every) - 1})
-        true, plain = (torch.cat([self.written_out(t, [h]) for h in heads], 1) for t in (torch.float64, self.q.dtype))
-        return heads, true, limit(plain, true)
+        parts = [[self.written_out(t, [h]) for h in heads] for t in (torch.float64, self.q.dtype)]
+        true, plain = (torch.cat([out for out, _ in part], 1) for part in parts)
+        lost = max(peak for _, peak in parts[0]) * torch.finfo(torch.float32).eps  # where exp(logit - lse) rounds both
+        return heads, true, max(limit(plain, true), lost)

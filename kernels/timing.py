@@ -198,9 +198,9 @@ def _best(once: Once, run: Callable[[], object], tries: int = 20, within: float 
 def _exponentials(once: Once, device: torch.device) -> float:
     """Exponentials a second."""
     if device.type == "cpu":
-        x = torch.linspace(-1, 0, CACHED)
-        y = torch.empty_like(x)
-        return 1e3 * CACHED * 16 / _best(once, lambda: [torch.sigmoid(x, out=y) for _ in range(16)])
+        x = torch.linspace(-1, 0, CACHED * torch.get_num_threads())
+        y = torch.empty_like(x)  # one call a try: of many, one would wait for a core that others have
+        return 1e3 * len(x) / _best(once, lambda: torch.sigmoid(x, out=y), tries=200)
     if not (TRITON_INSTALLED and torch.version.cuda):
         return math.nan
     from .ceilings_triton import exponentials

@@ -14,7 +14,8 @@ import torch
 from diaphane.cli import bench, conditions, roofline
 from diaphane.cli.main import main
 from diaphane.kernels import contests, rivals_attention, timing
-from diaphane.kernels.contests import Contest, Refused, Row, Unavailable, Work, compete
+from diaphane.kernels.cases import EDGES
+from diaphane.kernels.contests import OURS, Contest, Refused, Row, Unavailable, Work, compete
 from diaphane.kernels.device import TRITON_INSTALLED
 from diaphane.kernels.entries import ENTRIES
 from diaphane.kernels.timing import Ceilings, Way, interleaved, peak, ratios, spread
@@ -42,6 +43,15 @@ def test_every_way_to_attend_that_runs_here_gives_the_definition(name: str, dtyp
     timed = [row.way for row in found if isinstance(row, Row) and row.time]
     assert timed[0] == "diaphane"
     assert len(timed) >= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_no_case_refuses_our_answer(dtype: torch.dtype):
+    for case in rivals_attention.ENTRY.cases.values():
+        if case in EDGES:
+            contest = rivals_attention.contest(case, dtype, CPU)
+            error, most = contest.judge(contest.ways[OURS]().run())
+            assert error <= most, case.name
 
 
 @pytest.mark.parametrize("entry", ENTRIES[1:], ids=[e.kernel for e in ENTRIES[1:]])
@@ -273,6 +283,13 @@ def test_a_wrong_kernel_is_one_line_exit_code_1_and_no_row(tmp_path: Path, capsy
     assert said.err.startswith("diaphane bench: source_attention own, diaphane: its error against float64 is ")
     assert "\n  diaphane " not in said.out
     assert [row["way"] for row in csv.DictReader(file.open())] == ["flash"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_word_that_no_rival_has_in_its_name_is_an_error_that_names_them(capsys):
+    assert command("--case", "own", "--way", "flash", "fash") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("diaphane bench: --way fash: no rival has it in its name; there are FlexAttention, cuDNN, ")
 
 
 @pytest.mark.usefixtures("quick")
