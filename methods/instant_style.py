@@ -114,6 +114,9 @@ class ImagePrompt:
 
     def rows(self, value: Tensor, n: int) -> Tensor:
         """Those of 2B rows that a batch of n has: all of them, or without guidance the second half."""
+        if len(value) != 2 * self.batch:
+            raise ValueError(f"what is of {self.batch} pictures has {2 * self.batch} rows, of none and of them; got "
+                             f"{len(value)}")  # fmt: skip
         if n == 2 * self.batch:
             return value
         if n != self.batch:

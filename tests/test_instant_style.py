@@ -12,6 +12,7 @@ from diaphane.methods import text_to_image as t2i
 from diaphane.methods.instant_style import (
     ImagePrompt,
     Pictures,
+    Term,
     averaged,
     content,
     features,
@@ -425,6 +426,9 @@ def test_numbers_of_images_need_masks_and_a_batch_of_other_rows_is_refused():
         prompted({"dec.1": [1, 1, 1]}, images=2, masks=torch.ones(1, 2, 64, 64), size=(8, 8))
     with pytest.raises(ValueError, match="of 1 pictures, 2 rows with guidance; the batch has 4"):
         eps(prompted(), rows=4)
+    half = {at: Term(term.k[:1], term.v[:1], term.scale) for at, term in prompted().terms.items()}
+    with pytest.raises(ValueError, match="of 1 pictures has 2 rows, of none and of them; got 1"):
+        eps(ImagePrompt(batch=1, terms=half), rows=1)
     with pytest.raises(ValueError, match="no mask is made for 64 queries"):
         eps(prompted(masks=torch.ones(1, 1, 32, 32), size=(4, 4)), size=(16, 16))
     with pytest.raises(ValueError, match="tokens are"):
