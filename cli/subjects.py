@@ -28,7 +28,7 @@ from ..weights.files import opened, sha256, write
 from . import generate, image_options, image_prompts, latents
 from .draw import check, inpaints, picture, said, walk_of
 from .errors import CommandError
-from .freed import freed
+from .freed import factors, freed
 from .session import Session
 from .styles import conditions
 from .subject_sheet import Drawn
@@ -124,7 +124,7 @@ def planned(args: argparse.Namespace, session: Session, net: Loaded) -> Plan:
     _, path = walk_of(args, net, seeded([0]))
     settings = settings_of(args, path)
     if net.kept:
-        net.kept.fits(path, latent_size(net, size), said_of(net, settings))
+        net.kept.fits(path, latent_size(net, size), said_of(args, net, settings))
     first = args.seed + (net.kept.images if net.kept else 0)
     real_text = args.real_prompt or " ".join([*([args.style] if args.style else []), *args.subject])
     if args.real:
@@ -167,9 +167,11 @@ def latent_size(net: latents.Loaded, size: tuple[int, int]) -> tuple[int, int]:
     return t2i.latent_size(net.parts, size)
 
 
-def said_of(net: Loaded, settings: Settings) -> dict[str, str]:
+def said_of(args: argparse.Namespace, net: Loaded, settings: Settings) -> dict[str, str]:
     """What further pictures have to have in common with their anchors."""
-    return told(settings) | {"model": net.weights["parts"]["unet"][:16]}
+    found = factors(args.freeu)
+    said = {"FreeU": "none" if found is None else ",".join(f"{f:g}" for f in found)}
+    return told(net.parts.unet, settings) | said | {"model": net.weights["parts"]["unet"][:16]}
 
 
 def drawn(
@@ -220,7 +222,7 @@ def drawn(
 
         story = Story(scene, walks, x, path, plan.settings, draws=Seeded([seed + DROPOUT_SEEDS for seed in seeds]),
                       keep=keep, shelf=torch.device("cpu") if args.low_vram else None,
-                      said=said_of(net, plan.settings), **more)  # fmt: skip
+                      said=said_of(args, net, plan.settings), **more)  # fmt: skip
         total = (len(path) - 1) * (2 if story.two else 1)
         walk = (step for _, step in story.steps())
         for _ in session.progress(walk, total, f"picture {rows[0] + 1} ... {rows[-1] + 1}"):

@@ -18,12 +18,13 @@ pictures with less:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ..model.unet import UNet
 from ..samplers.ddim import Step
 from ..samplers.parameterisation import times
 from .anchors import Kept
@@ -71,10 +72,10 @@ class Story:
             raise SceneError(f"x_T is of {len(x)} pictures, the prompts of {n}")
         if len(path) < 2 or any(a <= b for a, b in pairwise(path)):
             raise SceneError(f"a path falls over at least one step; got {list(path)}")
-        size = (x.shape[2], x.shape[3])
+        size, said = (x.shape[2], x.shape[3]), (said or {}) | told(scene.unet, settings)
         cached = anchors if isinstance(anchors, Kept) else None
         if cached is not None:
-            cached.fits(path, size, (said or {}) | told(settings))
+            cached.fits(path, size, said)
             sees = [[False] * n for _ in range(n)]
         elif sees is None:
             sees = anchored(n, anchors if isinstance(anchors, int) else 1)
@@ -83,7 +84,7 @@ class Story:
         if keep and (not isinstance(anchors, int) or not 1 <= anchors <= n):
             raise SceneError(f"anchors are kept of 1 ... {n} of the pictures that are drawn, not of cached ones")
         many = anchors if isinstance(anchors, int) else anchors.images
-        self.kept = Kept(many, size, tuple(path), (said or {}) | told(settings)) if keep else None
+        self.kept = Kept(many, size, tuple(path), said) if keep else None
         self.cast = Cast(scene=scene, settings=settings, sees=sees, draws=draws, path=path, anchors=cached,
                          keep=self.kept, shelf=shelf, pinned=pinned, align=align, given=given)  # fmt: skip
         self.walks, self.start, self.x, self.whole = walks, x, x, whole
@@ -165,7 +166,8 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def told(settings: Settings) -> dict[str, str]:
-    """Of the settings what anchors and further pictures have to have in common."""
-    same = replace(settings, dropout=0.5, window=20, sequential=True)
-    return {"settings": repr(same)}
+def told(unet: UNet, settings: Settings) -> dict[str, str]:
+    """What anchors and further pictures have to have in common."""
+    own = ("dropout", "window", "sequential")  # which may be other than the anchors'
+    same = {f.name: repr(getattr(settings, f.name)) for f in fields(settings) if f.name not in own}
+    return same | {"dtype": str(next(unet.parameters()).dtype).removeprefix("torch.")}

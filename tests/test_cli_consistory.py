@@ -90,7 +90,9 @@ def test_pictures_do_not_depend_on_the_batch_nor_on_whether_the_anchors_were_kep
     code, said, _ = run(capsys, "redo", tmp_path / "later" / "0001.png", "--quiet")
     assert (code, "the same, bit for bit" in said) == (0, True)
     error = refused(capsys, "--cache-in", file, "--alpha", 0.5, texts=TEXTS[2:])
-    assert "the anchors were drawn with settings" in error
+    assert "the anchors were drawn with alpha 0.8, these pictures with 0.5" in error
+    for more, said in ((("--dtype", "float64"), "dtype float32"), (("--freeu", "none"), "FreeU 1.1,1.2,0.6,0.4")):
+        assert f"drawn with {said}, these" in refused(capsys, "--cache-in", file, *more, texts=TEXTS[2:])
     assert "no file of ConsiStory's anchors" in refused(
         capsys, "--cache-in", twins.TINY / "unet" / "diffusion_pytorch_model.safetensors"
     )

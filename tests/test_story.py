@@ -251,7 +251,7 @@ def test_anchors_of_another_walk_size_model_or_setting_are_refused(kept: Kept):
         story(slice(2, 3), anchors=kept, x=world.noise(slice(2, 3), (8, 8)))
     with pytest.raises(SceneError, match="drawn with model a, these pictures with b"):
         story(slice(2, 3), anchors=kept, said={"model": "b"})
-    with pytest.raises(SceneError, match="drawn with settings"):
+    with pytest.raises(SceneError, match=r"drawn with alpha 0\.8, these pictures with 0\.5"):
         story(slice(2, 3), anchors=kept, settings=replace(SETTINGS, alpha=0.5))
 
 
