@@ -154,7 +154,13 @@ def scaled(preset: Preset, steps: int) -> int:
 
 
 def shared(args: argparse.Namespace, sharing: Sharing) -> Sharing:
-    """What is shared, with the options in place of the preset's."""
+    """What is shared, with the options in place of the preset's.  Raises CommandError for those that say nothing."""
+    idle = ("scale", "shift", "adain", "attention") if args.all_see_all else ()
+    idle = ("scale", "shift") if not idle and args.attention == "off" else idle
+    for name in idle:
+        if getattr(args, name) is not None:
+            other = "--all-see-all" if args.all_see_all else "--attention off"
+            raise CommandError(f"--{name} says nothing with {other}: leave one of the two out")
     given: dict[str, Any] = {
         name: value == "on" for name in ("norms", "attention") if (value := getattr(args, name)) is not None
     }

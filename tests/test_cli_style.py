@@ -218,6 +218,9 @@ def test_a_set_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("a", "b", "--reference", "x.png", "--offset", 2), "0 ... 1"),
         (("a", "b", "--control", "x.png", "y.png", "z.png", "--control-model", CONTROL), "one for each of 1 targets"),
         (("a", "b", "c", "--all-see-all", "--batch", 1), "give --batch 2"),
+        (("a", "b", "--all-see-all", "--scale", 0.5), "--scale says nothing with --all-see-all"),
+        (("a", "b", "--all-see-all", "--attention", "off"), "--attention says nothing with --all-see-all"),
+        (("a", "b", "--attention", "off", "--shift", 1), "--shift says nothing with --attention off"),
         (("a", "b", "--size", "63"), "multiples of 8"),
     ],
 )
