@@ -155,14 +155,18 @@ def config(kernel: str, q: Tensor) -> Config:
     """The row of the table for a device and a head; the interpreter, slow by the tile, takes large ones."""
     if INTERPRETED:
         return Config(128, 128, 4, 1)
-    arch = architecture(torch.cuda.get_device_capability(q.device))
-    if arch == 80 and kernel in RAGGED and 64 < q.shape[-1] < 128:
+    return _row(architecture(torch.cuda.get_device_capability(q.device)), kernel, q.shape[-1])
+
+
+def _row(arch: int, kernel: str, channels: int) -> Config:
+    if arch == 80 and kernel in RAGGED and 64 < channels < 128:
         return RAGGED[kernel]
-    return TABLE[arch, kernel, block(q.shape[-1])]
+    return TABLE[arch, kernel, block(channels)]
 
 
 def builds(arch: int) -> Iterator[Build]:
-    """Every configuration that is launched on an architecture, in float16, and in bfloat16 those of heads up to 64."""
+    """Every configuration that is launched on an architecture, in float16, and in bfloat16 those of heads up to 64;
+    and the heads of Stable Diffusion 1.5, which do not fill their tiles."""
     for (table, kernel, wide), how in TABLE.items():
         if table != arch:
             continue
@@ -170,8 +174,9 @@ def builds(arch: int) -> Iterator[Build]:
         for half in ("fp16", "bf16") if wide == 64 else ("fp16",):
             for adain in (False, True) if kernel == "forward" else (None,):
                 yield _build(kernel, half, head, how, adain)
-    for kernel, how in RAGGED.items() if arch == 80 else ():
-        yield _build(kernel, "fp16", 80, how, True if kernel == "forward" else None)
+    for head in (40, 80):
+        for kernel in ("forward", "queries", "keys"):
+            yield _build(kernel, "fp16", head, _row(arch, kernel, head), True if kernel == "forward" else None)
 
 
 def _build(kernel: str, half: str, head: int, how: Config, adain: bool | None) -> Build:
@@ -186,7 +191,7 @@ def _build(kernel: str, half: str, head: int, how: Config, adain: bool | None) -
             types[name] = "*i32"
         else:
             types[name] = "fp32" if name == "scale" else "i32"
-        if types[name].startswith("*") or name[-2:] in ("_b", "_h", "_n"):
+        if types[name].startswith("*") or name[-2:] in ("_b", "_n") or (name[-2:] == "_h" and head % 16 == 0):
             aligned.append(name)
     constants: dict = {
         "D": head,

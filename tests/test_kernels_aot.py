@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from diaphane.kernels.cases import SDXL
 from diaphane.kernels.device import TRITON_INSTALLED
 
 pytestmark = pytest.mark.skipif(not TRITON_INSTALLED, reason="Triton is not installed")
@@ -50,6 +51,12 @@ def test_every_kernel_is_compiled(builds):
         *("geglu_kernel", "geglu_gradient_kernel"),
         *("maps", "maps_queries", "maps_keys", "match", "compact", "gather", "scatter"),
     }
+
+
+def test_every_head_that_the_cases_have_is_compiled(builds):
+    heads = {build["name"].split()[2] for build in builds if build["name"].split()[0] in ("forward", "queries", "keys")}
+    assert heads == {"40", "64", "80", "128", "160"}
+    assert heads >= {str(case.dim) for case in SDXL}
 
 
 def test_no_configuration_spills_registers(builds):
