@@ -19,7 +19,7 @@ from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
 from . import generate, image_options, image_prompts, latents, options, styles
-from .draw import cut_off, said, walk_of
+from .draw import cut_off, said, trained, walk_of
 from .errors import CommandError
 from .freed import freed
 from .images import to_picture
@@ -105,13 +105,15 @@ def referred(
     shown: list[Tensor] = []
     for i, text in enumerate(texts):
         noise = seeded([args.seed + i])
-        walk, path = walk_of(args, net, noise)
+        (walk, path), schedule = walk_of(args, net, noise), trained(args, net)
         prompts = said(args, net, [text])
         with net.on(net.parts.unet):
-            x = t2i.pure_noise(net.parts, noise, size, 1)
-            denoise = styles.denoiser(args, net, net.parts.unet, prompts, size, style.guidance, ops=freed(args, net))
-            steps = session.progress(walk(denoise, x, net.schedule, path), len(path) - 1, f"style {i + 1}")
-            shown.append(style_reference.drawn(steps, x))
+            z = t2i.pure_noise(net.parts, noise, size, 1)
+            x = z if schedule is net.schedule else z.double()
+            denoise = styles.denoiser(args, net, net.parts.unet, prompts, size, style.guidance, schedule,
+                                      ops=freed(args, net))  # fmt: skip
+            steps = session.progress(walk(denoise, x, schedule, path), len(path) - 1, f"style {i + 1}")
+            shown.append(style_reference.drawn(steps, x).to(z))
     _, path = walk_of(args, net, seeded([args.seed]))
     for i, name in enumerate(args.reference or ()):
         texts.append(args.reference_prompt[i] if args.reference_prompt else "")
@@ -172,7 +174,7 @@ def walked(
 ) -> Tensor:
     """The latents of one picture, (1, 4, H / 8, W / 8)."""
     noise = seeded([args.seed + len(about) + i])
-    walk, path = walk_of(args, net, noise)
+    (walk, path), schedule = walk_of(args, net, noise), trained(args, net)
     own, others = said(args, net.for_targets, [text]), [said(args, net, [one]) for one in about]
     width = size[1] // net.parts.factor
     assigned = nearest(views, args.at or spread(len(about)), width, circular=args.circular) if about else None
@@ -185,14 +187,17 @@ def walked(
 
             def speaking(ops: Ops) -> Denoise:
                 ops = style.ops(batch.refs, net.device, freed(args, net, ops))
-                return styles.denoiser(args, net, net.unet(batch.refs), prompts, small, style.guidance, ops=ops)
+                return styles.denoiser(
+                    args, net, net.unet(batch.refs), prompts, small, style.guidance, schedule, ops=ops
+                )
 
             return ranged(speaking, TORCH, [one.prompt(net, small, rows, path, strength) for one in shown])
 
         denoise = multidiffusion(make_batch, views, batch=args.batch, references=references, assigned=assigned)
-        x = t2i.pure_noise(net.parts, noise, size, 1)
-        steps = session.progress(walk(denoise, x, net.schedule, path), len(path) - 1, f"picture {i + 1}")
-        return last(steps).x
+        z = t2i.pure_noise(net.parts, noise, size, 1)
+        x = z if schedule is net.schedule else z.double()
+        steps = session.progress(walk(denoise, x, schedule, path), len(path) - 1, f"picture {i + 1}")
+        return last(steps).x.to(z)
 
 
 def decoded(args: argparse.Namespace, net: latents.Loaded, x: Tensor) -> Tensor:

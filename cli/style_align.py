@@ -19,7 +19,7 @@ from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
 from . import generate, image_options, image_prompts, latents, options, styles
-from .draw import cut_off, picture, said, walk_of
+from .draw import cut_off, picture, said, trained, walk_of
 from .errors import CommandError
 from .freed import freed
 from .images import to_picture
@@ -195,7 +195,7 @@ def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan:
     texts = [plan.texts[i] for i in rows]
     prompts = together(said(args, net, plan.texts[:1]), said(args, net.for_targets, texts))
     noise = seeded([args.seed, *(args.seed + i for i in rows)])
-    walk, path = walk_of(args, net, noise)[0], plan.path
+    walk, path, schedule = walk_of(args, net, noise)[0], plan.path, trained(args, net)
     with net.on(net.parts.unet, net.control):
         controls = []
         if net.control is not None:
@@ -205,18 +205,19 @@ def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan:
 
         def speaking(ops: Ops) -> Denoise:
             ops = plan.style.ops(refs, net.device, freed(args, net, ops))
-            return styles.denoiser(args, net, net.unet(refs), prompts, plan.size, plan.style.guidance,
+            return styles.denoiser(args, net, net.unet(refs), prompts, plan.size, plan.style.guidance, schedule,
                                    controls=controls, ops=ops)  # fmt: skip
 
         seers, strength = whose(args, rows)
         pictures = [one.prompt(net, plan.size, seers, path, strength) for one in plan.shown]
         denoise = ranged(speaking, TORCH, pictures)
-        x = t2i.pure_noise(net.parts, noise, plan.size, len(refs))
+        z = t2i.pure_noise(net.parts, noise, plan.size, len(refs))
+        x = z if schedule is net.schedule else z.double()
         if plan.references is None:
-            steps = walk(denoise, x, net.schedule, path)
+            steps = walk(denoise, x, schedule, path)
         else:
-            steps = transferred(walk, denoise, x, net.schedule, path, plan.references)
-        return last(session.progress(steps, len(path) - 1, f"picture {rows[0]} ... {rows[-1]}")).x
+            steps = transferred(walk, denoise, x, schedule, path, plan.references)
+        return last(session.progress(steps, len(path) - 1, f"picture {rows[0]} ... {rows[-1]}")).x.to(z)
 
 
 def whose(args: argparse.Namespace, rows: list[int]) -> tuple[list[int], Tensor | None]:

@@ -21,6 +21,7 @@ from ..model.ops import TORCH, Ops
 from ..model.unet import UNet
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
+from ..samplers.schedule import Schedule
 from ..weights import lora as weights_lora
 from ..weights.files import sha256
 from . import image_options, image_prompts, latents, options
@@ -186,11 +187,12 @@ def denoiser(
     prompts: tuple[Prompt, Prompt],
     size: tuple[int, int],
     guidance: float,
+    schedule: Schedule | None = None,
     **more: Any,
 ) -> Denoise:
-    """The network of a batch: texts and negative texts, at a size in pixels."""
+    """The network of a batch: texts and negative texts, at a size in pixels; `schedule` is the model's or `trained`."""
     ids, other = conditions(net, size, len(prompts[0].context))
-    return t2i.denoiser(unet, *prompts, schedule=net.schedule, ids=ids, negative_ids=other,
+    return t2i.denoiser(unet, *prompts, schedule=schedule or net.schedule, ids=ids, negative_ids=other,
                         prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
                         guidance=guidance, rescale=args.rescale,
                         whole_times=args.sampler == "dpmpp", **more)  # fmt: skip

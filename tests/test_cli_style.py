@@ -72,6 +72,25 @@ def test_a_set_is_what_the_functions_make(tmp_path: Path, capsys: pytest.Capture
         assert np.abs(got - ((row + 1) * 127.5).round().permute(1, 2, 0).numpy()).max() <= 1
 
 
+def test_where_the_schedule_ends_in_noise_alone_the_reference_is_the_picture_of_generate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "model" / "scheduler").mkdir(parents=True)
+    for part in TINY.iterdir():
+        if part.name != "scheduler":
+            (tmp_path / "model" / part.name).symlink_to(part)
+    says = json.loads((TINY / "scheduler" / "scheduler_config.json").read_text())
+    says |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(says))
+    common = ("--model", tmp_path / "model", "--steps", 3, "--size", 64, "--sampler", "ddim", "--quiet", "--out")
+    assert run(capsys, "generate", "a", *common, tmp_path / "alone")[0] == 0
+    assert run(capsys, "style-align", "a", "b", *common, tmp_path / "set")[0] == 0
+    assert run(capsys, "panorama", "x", "--window", 64, "--styles", "a", *common, tmp_path / "wide")[0] == 0
+    want = pixels(tmp_path / "alone" / "0001.png")
+    for made in ("set/reference.png", "wide/style-1.png"):
+        assert np.abs(pixels(tmp_path / made) - want).max() <= 1
+
+
 def test_targets_do_not_depend_on_what_is_drawn_beside_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for batch in (1, 2, 3):
         align(capsys, tmp_path / str(batch), "a", "b", "c", "d", "--batch", batch, "--preset", "defaults")
