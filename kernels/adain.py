@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .device import dual, refuse, takes_triton
+from .device import dual, integers, refuse, takes_triton
 
 CACHED = 1 << 20  # numbers of x, of which a CPU's cache holds a few copies
 
@@ -16,13 +16,13 @@ def token_stats(q: Tensor, k: Tensor | None = None, eps: float = 1e-5) -> Tensor
 
     (B, H, N, D), (B, H, M, D) -> float32 (2, 2, B, H, D), or (1, 2, B, H, D) without k: [which][mean, deviation].  The
     variance has N - 1 in its denominator, as in Hertz et al. 2024's code, and is of centred values: a large mean
-    costs no digits.  float64 gives float64.  ValueError: not four axes, no tokens, or q and k unlike.
+    costs no digits.  float64 gives float64.  ValueError: not four axes, no tokens, no floating type, or q and k unlike.
 
     Reads each input once; 4 FLOP an element.
     """
     for name, x in (("q", q), ("k", k)):
-        if x is not None and (x.ndim != 4 or x.shape[2] == 0):
-            raise ValueError(f"token_stats takes {name} (B, H, N, D) with N > 0; got {tuple(x.shape)}")
+        if x is not None and (x.ndim != 4 or x.shape[2] == 0 or not x.is_floating_point()):
+            raise ValueError(f"token_stats takes {name} (B, H, N, D), floating, N > 0; got {x.dtype} {tuple(x.shape)}")
     if k is not None and (k.shape[0], k.shape[1], k.shape[3], k.dtype) != (q.shape[0], q.shape[1], q.shape[3], q.dtype):
         raise ValueError(f"token_stats takes k like q {tuple(q.shape)} {q.dtype}; got {tuple(k.shape)} {k.dtype}")
     if dual(q, k):
@@ -34,12 +34,12 @@ def adain(x: Tensor, ref: Tensor, eps: float = 1e-5) -> Tensor:
     """Every image takes the token statistics of image ref[i] (Huang & Belongie 2017, eq. 8).
 
     (B, H, N, D), integers (B,) -> (B, H, N, D), statistics per image, head and channel.  ValueError: as `token_stats`,
-    or a ref of another length.
+    or a ref that is not integers, one an image.
 
     Reads x twice and writes it once, where the written-out form makes seven passes; 3 FLOP an element.
     """
-    if ref.shape != (x.shape[0],):
-        raise ValueError(f"ref has one entry per image, {x.shape[0]}; got {tuple(ref.shape)}")
+    if ref.shape != x.shape[:1] or not integers(ref):
+        raise ValueError(f"ref has one integer per image of x {tuple(x.shape)}; got {ref.dtype} {tuple(ref.shape)}")
     if dual(x):
         return reference.adain(x, ref, eps)
     mean, std = token_stats(x, eps=eps)[0]

@@ -41,4 +41,4 @@ def attend_backward(
 
 def rows(q: Tensor, k: Tensor) -> int:
     """Queries of a block."""
-    return max(LOGITS // (q.shape[0] * q.shape[1] * k.shape[2]), 16)
+    return max(LOGITS // max(q.shape[0] * q.shape[1] * k.shape[2], 1), 16)

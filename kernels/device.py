@@ -25,6 +25,11 @@ def takes_triton(x: Tensor, dtypes: tuple[torch.dtype, ...] = SINGLE, widest: in
     return 0 < x.shape[-1] <= widest and on_nvidia(x, dtypes)
 
 
+def integers(x: Tensor) -> bool:
+    """Numbers of images, or of keys: not booleans, which torch would take for a mask."""
+    return not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
+
+
 def dual(*inputs: Tensor | None) -> bool:
     """Whether one carries a tangent of `torch.func.jvp`, of which a custom op would know nothing, without a word.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import group_norm_torch, reference
-from .device import SINGLE, dual, on_nvidia, refuse
+from .device import SINGLE, dual, integers, on_nvidia, refuse
 from .group_norm_torch import empty, wide
 
 MOST_IMAGES, WIDEST = 65_535, 4096  # of a launch; channels of a group
@@ -54,7 +54,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, ref: Tensor | N
         if v.shape != (x.shape[1],) or v.device != x.device:
             got = f"{tuple(v.shape)} on {v.device}"
             raise ValueError(f"{name} has one entry per channel, {x.shape[1]}, on {x.device}; got {got}")
-    if ref is not None and (ref.shape != (len(x),) or ref.dtype.is_floating_point or ref.device != x.device):
+    if ref is not None and (ref.shape != (len(x),) or not integers(ref) or ref.device != x.device):
         got = f"{tuple(ref.shape)} {ref.dtype} on {ref.device}"
         raise ValueError(f"ref is {len(x)} integers on {x.device}; got {got}")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .adain import accumulator, rows, token_major
-from .device import HALF, dual, refuse, takes_triton
+from .device import HALF, dual, integers, refuse, takes_triton
 from .source_attention import WIDEST
 
 MOST = 128  # columns that its kernel holds in registers
@@ -68,8 +68,12 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, scale: float | Non
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"q is {q.dtype} on {q.device}, and so is every input; {name}: {x.dtype} on {x.device}")
-    integers = not (tokens.dtype.is_floating_point or tokens.dtype.is_complex or tokens.dtype == torch.bool)
-    if not integers or tokens.device != q.device or tokens.ndim not in (1, 2) or tokens.shape[:-1] not in ((), (b,)):
+    if (
+        not integers(tokens)
+        or tokens.device != q.device
+        or tokens.ndim not in (1, 2)
+        or tokens.shape[:-1] not in ((), (b,))
+    ):
         got = f"{tuple(tokens.shape)} {tokens.dtype} on {tokens.device}"
         raise ValueError(f"tokens are integers, (T,) or ({b}, T), on {q.device}; got {got}")
     factor: float = d**-0.5 if scale is None else scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference, source_attention_torch
 from .adain import token_major, token_stats
-from .device import HALF, dual, refuse, takes_triton
+from .device import HALF, dual, integers, refuse, takes_triton
 from .sources import Sources
 
 WIDEST = 128  # the widest head that a kernel holds in registers, and gains from with no sources to see
@@ -41,12 +41,13 @@ def source_attention(
     in half precision, for heads up to 256; on CPU a fused call for the own keys and each source, and a merge; anywhere
     else the same of plain products, a block of queries at a time.
 
-    ValueError: shapes that do not fit, sources of another batch or outside the pool, stats without ref.
+    ValueError: shapes that do not fit, sources of another batch or outside the pool, stats without ref, and, where a
+    kernel would have to wait for the device to know, only on other devices: a ref outside the batch.
     """
     _check(q, k, v, sources, pool, ref, stats)
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
-    if not factor > 0:
-        raise ValueError(f"scale is positive; got {scale}")
+    if not 0 < factor < float("inf"):
+        raise ValueError(f"scale is positive and finite; got {scale}")
     if dual(q, k, v, *(pool or ()), stats):
         if stats is not None:
             raise ValueError("statistics that are given have no forward derivative: leave stats out")
@@ -70,6 +71,8 @@ def _check(
     ref: Tensor | None,
     stats: Tensor | None,
 ) -> None:
+    if q.ndim != 4 or 0 in (q.shape[1], q.shape[3]) or not q.dtype.is_floating_point:
+        raise ValueError(f"q is (B, H, N, D) of a floating type, H and D > 0; got {tuple(q.shape)} {q.dtype}")
     b, h, _, d = q.shape
     if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (b, h, d) or k.shape != v.shape or k.shape[2] == 0:
         raise ValueError(
@@ -91,7 +94,7 @@ def _check(
             raise ValueError(f"sources need a pool of at least {need}; got {pk.shape[0]} of {pk.shape[2]}")
         if sources.gains.device != q.device:
             raise ValueError(f"sources are on {sources.gains.device}, q on {q.device}; build them there")
-    if ref is not None and (ref.shape != (b,) or ref.dtype.is_floating_point or ref.device != q.device):
+    if ref is not None and (ref.shape != (b,) or not integers(ref) or ref.device != q.device):
         raise ValueError(f"ref is {b} integers on {q.device}; got {tuple(ref.shape)} {ref.dtype} on {ref.device}")
     if stats is not None and (ref is None or stats.shape != (2, 2, b, h, d)):
         raise ValueError(f"stats come with ref and are {(2, 2, b, h, d)}, of q and k; got {tuple(stats.shape)}")

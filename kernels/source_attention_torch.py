@@ -57,11 +57,14 @@ def folded(q: Tensor, stats: Tensor, ref: Tensor, scale: float) -> tuple[Tensor,
 
     (B, H, N, D), (2, 2, B, H, D), (B,) -> 2 x (B, H, N, D), (B, H, N).
     """
-    i = ref.long()
+    i, refs = ref.long(), ref.tolist()
+    for b, r in enumerate(refs):
+        if not 0 <= r < len(q):
+            raise ValueError(f"ref[{b}] is an image of the batch, 0 to {len(q) - 1}; got {r}")
     (mean_q, std_q), (mean_k, std_k) = stats[..., None, :]
     gain_q, gain_k = std_q[i] / std_q, std_k[i] / std_k
     seen, own, row = token_major(q), token_major(q), q.new_empty(q.shape[:3])
-    for b, r in enumerate(ref.tolist()):  # an image stays in cache, and products by its heads need no copy
+    for b, r in enumerate(refs):  # an image stays in cache, and products by its heads need no copy
         if b == r:
             seen[b], own[b], row[b] = q[b], q[b], 0
             continue
@@ -150,8 +153,8 @@ def _attend_backward(
 
 
 def fused(q: Tensor) -> bool:
-    """Torch has a call that returns log-sum-exps and takes them back: on CPU."""
-    return q.device.type == "cpu"
+    """Torch has a call that returns log-sum-exps and takes them back: on CPU, for queries that there are."""
+    return q.device.type == "cpu" and q.shape[2] > 0
 
 
 def _calls(offsets: Tensor, segments: Tensor, gains: Tensor) -> list[tuple[list[int], list[Source], float, float]]:

@@ -202,8 +202,15 @@ X = torch.zeros(2, 3, 5, 8)
         ({"sources": shared([0, 0], 6)}, "at least 1 images of 6 rows; got 2 of 5"),
         ({"ref": torch.tensor([0])}, "ref is 2 integers"),
         ({"ref": torch.tensor([0.0, 0.0])}, "ref is 2 integers"),
+        ({"ref": torch.tensor([True, False])}, "ref is 2 integers"),
+        ({"ref": torch.tensor([0, 2])}, r"ref\[1\] is an image of the batch, 0 to 1; got 2"),
+        ({"ref": torch.tensor([-1, 0])}, r"ref\[0\] is an image of the batch, 0 to 1; got -1"),
+        ({"q": X[:, :0], "k": X[:, :0], "v": X[:, :0]}, "H and D > 0"),
+        ({"q": X[..., :0], "k": X[..., :0], "v": X[..., :0]}, "H and D > 0"),
+        ({"q": X.long(), "k": X.long(), "v": X.long()}, "of a floating type"),
         ({"stats": torch.zeros(2, 2, 2, 3, 8)}, "stats come with ref"),
         ({"scale": 0.0}, "scale is positive"),
+        ({"scale": float("inf")}, "scale is positive and finite"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused_in_one_line(kwargs: dict, word: str):
@@ -217,8 +224,20 @@ def test_statistics_of_nothing_are_refused():
         token_stats(X[:, :, :0])
     with pytest.raises(ValueError, match="takes k like q"):
         token_stats(X, X[:1])
-    with pytest.raises(ValueError, match="ref has one entry per image, 2"):
-        adain(X, torch.tensor([0]))
+    with pytest.raises(ValueError, match="floating"):
+        token_stats(X.long())
+    for ref in (torch.tensor([0]), torch.tensor([0.0, 1.0]), torch.tensor([True, False])):
+        with pytest.raises(ValueError, match="ref has one integer per image"):
+            adain(X, ref)
+
+
+def test_no_queries_have_no_output_and_gradients_of_zero():
+    q, k = torch.zeros(2, 3, 0, 8, requires_grad=True), X.clone().requires_grad_()
+    out, lse = source_attention(q, k, k, shared([0, 0], 5))
+    assert (out.shape, lse.shape) == ((2, 3, 0, 8), (2, 3, 0))
+    (g,) = torch.autograd.grad(out.sum(), k)
+    assert torch.equal(g, torch.zeros_like(k))
+    assert source_attention(q[:0], k[:0], k[:0])[0].shape == (0, 3, 0, 8)
 
 
 def test_the_page_about_the_kernels_runs_as_it_is_printed():
