@@ -181,6 +181,41 @@ def test_a_step_compiles_whole_and_at_most_once_more_when_masks_change():
     assert len(compiled) <= 2
 
 
+def test_one_graph_and_one_more_serve_every_window_of_a_walk_where_what_is_off_is_told_as_nothing():
+    compiled = []
+    x, base, fine = random(4, 4, *world.SIZE, seed=11), cond(), SIZES[WHERE.fine][0] * SIZES[WHERE.fine][1]
+    plain, rows = Heard(keep_maps=False, keep_queries=True), torch.arange(2 * fine).view(2, fine).flip(0)
+    h, skips = UNET.encode(x, base)
+    quiet = consistory(TORCH, WHERE, Told(images=2, tokens=TWO), plain)
+    to_attention(UNET, UNET.middle(h, base), skips, base, quiet, WHERE.last)
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    def run(x: Tensor, c: Any, told: Told) -> Tensor:
+        return UNET(x, c, consistory(TORCH, WHERE, told, Heard()))
+
+    torch._dynamo.reset()
+    quick = torch.compile(run, fullgraph=True, backend=backend)
+    for i, (tokens, share, carries) in enumerate(
+        ((0, 0, 0), (9, 0.9, 0), (12, 0.8, 1), (5, 0, 1), (20, 0, 0), (1, 0, 0))
+    ):
+        c = base._replace(emb=base.emb * (1 + 0.1 * i))
+        kept = {level: torch.arange(h * w).expand(2, -1) < tokens for level, (h, w) in SIZES.items()}
+        carried = Plan(rows, torch.full((2, fine), bool(carries)), torch.zeros(2))
+        order = ((0, 1), (1, 2))
+        whole = Told(images=2, tokens=TWO, seen=seen(kept), plain=plain.queries, carried=carried, order=order,
+                     share=torch.tensor(share, dtype=F64))  # fmt: skip
+        needed = {"seen": seen(kept)} if tokens else {}
+        needed |= {"plain": plain.queries, "share": whole.share} if share else {}
+        needed |= {"carried": carried, "order": order} if carries else {}
+        with torch.no_grad():
+            eps, want = quick(x, c, whole), run(x, c, Told(images=2, tokens=TWO, **needed))
+        assert torch.allclose(eps, want, atol=1e-9)
+    assert len(compiled) <= 2
+
+
 # --- where it acts
 
 
