@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .golden_consistory_parts import exact, group_of, grouped, told
 from .golden_latent import parts, within
-from .golden_reader import Case, Folder
+from .golden_reader import Case, Entry, Folder
 
 
 def attention_cases(folder: Folder, stem: str) -> list[Case]:
@@ -37,7 +37,7 @@ def layer(name: str) -> tuple[Attention, Site]:
 
 def attention_case(case: Case):
     said, at = case.settings, group_of(case)
-    told(said, "fp64_gap", "curr_iter")
+    told(said, "fp64_gap")
     net, site = layer(said["module"])
     level = places(parts().unet.cfg).level[site.stage]
     if case.has(f"{at}cached_tokens"):
@@ -56,7 +56,14 @@ def attention_case(case: Case):
     sees = case.input(f"{at}mapping").bool().tolist()
     these = others(used, sees, 2)
     exact(case, f"{at}key_mask", keys_of(these, used, sees))
+    if not acts(said):
+        these = others(torch.zeros_like(used), sees, 2)
     within(case, f"{at}out", shared(net, hidden, said["B"], level, these), 1e-5)
+
+
+def acts(said: Entry) -> bool:
+    """Whether others are seen at a case's step: at the first there are no masks yet."""
+    return said.get("curr_iter", 1) >= 1
 
 
 def keys_of(these: Others, used: Tensor, sees: Sequence[Sequence[bool]]) -> Tensor:
@@ -84,7 +91,8 @@ def cached_case(case: Case, net: Attention, site: Site, level: int):
     n, used = said["n_anchors"], case.input(f"{at}mask_used").bool()
     hidden, extra = case.input(f"{at}anchor_hidden"), case.input(f"{at}extra_hidden")
     assert hidden.shape[:2] == (2 * n, said["res"] ** 2)
-    these, heard = others(used, [[True] * n] * n, 2), Heard(keep_pools=True)
+    told(said, "curr_iter")
+    these, heard = others(used, [[True] * n] * n, 2, keep=n), Heard(keep_pools=True)
     assert these.kept is not None
     rows = hidden.unflatten(0, (2, n)).flatten(1, 2)[:, these.kept.index[: int(these.kept.edges[-1])]]
     exact(case, f"{at}cached_tokens", rows)
@@ -117,14 +125,15 @@ def blend_case(case: Case):
     within(case, f"{at}vanilla_q", joined(heard.queries[named(site)]), 1e-5)
     hidden, these = case.input(f"{at}hidden_sdsa"), others(used, [[True] * n] * n, 2)
     for i in said["iters"]:
-        blended = {"plain": heard.queries, "share": torch.tensor(v[i])} if i <= last else {}
+        more: dict[str, Any] = {"plain": heard.queries, "share": torch.tensor(v[i])} if 1 <= i <= last else {}
+        more |= {"seen": {level: these}} if i >= 1 else {}
         queries: list[Tensor] = []
 
         def listening(site: Site, q: Tensor, *rest: Any, queries: list[Tensor] = queries) -> Tensor:
             queries.append(q)
             return TORCH.attend(site, q, *rest)
 
-        what = Told(images=n, tokens=words, seen={level: these}, **blended)
+        what = Told(images=n, tokens=words, **more)
         ops = consistory(type(TORCH)(attend=listening), where, what, Heard())
         within(case, f"{at}out_it{i}", net(hidden, hidden, ops), 1e-5)
         within(case, f"{at}blended_q_it{i}", joined(queries[0]), 1e-5)
@@ -142,7 +151,7 @@ def unet_cases(folder: Folder, stem: str) -> list[Case]:
 
 def unet_case(case: Case):
     said, at = case.settings, group_of(case)
-    told(said, "fp64_gap", "effect_vs_vanilla", "curr_iter")
+    told(said, "fp64_gap", "effect_vs_vanilla")
     unet, n = parts().unet, said["B"]
     where, x = places(unet.cfg), case.input(f"{at}latents")
     assert tuple(x.shape) == (n, 4, said["H"], said.get("W", said["H"]))
@@ -157,7 +166,7 @@ def unet_case(case: Case):
     assert sees == [[j < said["n_anchors"] and i != j for j in range(n)] for i in range(n)]
     sizes = where.sizes((x.shape[2], x.shape[3]))
     masks = {level: case.input(f"{at}mask_{size[0]}").bool() for level, size in sizes.items()}
-    seen = {level: others(mask, sees, 2) for level, mask in masks.items()}
+    seen = {level: others(mask, sees, 2) for level, mask in masks.items()} if acts(said) else {}
     pixel, distance = (
         case.input(f"{at}nn_map_{sizes[where.fine][0]}"),
         case.input(f"{at}nn_dist_{sizes[where.fine][0]}"),
@@ -168,14 +177,17 @@ def unet_case(case: Case):
         "order": tuple(waves(sees)),
         "alpha": said["injection"]["alpha"],
     }
-    assert said["injection"]["range"] == [said["n_steps"] // 10, said["n_steps"] // 3]
+    first, last = said["injection"]["range"]
+    if not first <= said.get("curr_iter", first) <= last:
+        carried = {}
     plain = Heard(keep_maps=False, keep_queries=True)
     quiet = consistory(TORCH, where, Told(images=n, tokens=words), plain)
     h, skips = unet.encode(rows, c)
     to_attention(unet, unet.middle(h, c), skips, c, quiet, where.last)
-    v = strength(-said["query_iter"], 0, -(said["n_steps"] // 10))
-    blended = {"plain": plain.queries, "share": torch.tensor(v)}
-    factors = FreeU(**{name: said["freeu"][name] for name in FreeU._fields})
+    windows = said["n_steps"] // 10
+    v = strength(-said["query_iter"], 0, -windows)
+    blended = {"plain": plain.queries, "share": torch.tensor(v)} if 1 <= said["query_iter"] <= windows else {}
+    factors = FreeU(**{name: said["freeu"][name] for name in FreeU._fields}) if said["freeu"] else FreeU(1, 1, 1, 1)
     free = freeu(TORCH, unet.cfg, factors)
     calls: dict[str, tuple[Ops, dict[str, Any]]] = {
         "vanilla": (TORCH, {}),

@@ -128,7 +128,9 @@ def dift_cases(folder: Folder, stem: str) -> list[Case]:
 
 def dift_case(case: Case):
     said, at = case.settings, group_of(case)
-    told(said, "fp64_gap", "nn_gap", "step", "inject_range", "extra_uses_anchor_outputs")
+    told(said, "fp64_gap", "nn_gap", "extra_uses_anchor_outputs")
+    first, last = said.get("inject_range") or (0, 0)
+    acts = first <= said.get("step", first) <= last
     sees = case.input(f"{at}mapping").bool().fill_diagonal_(False)
     features = case.input(f"{at}features")
     assert features.shape[:2] == (said["B"], said["C"])
@@ -145,7 +147,7 @@ def dift_case(case: Case):
     assert found is not None
     made = plan(found._replace(distance=torch.where(sees[..., None], found.distance, torch.inf)), mask)
     x = case.input(f"{at}self_attn_out")
-    out = injected(x, made, waves(sees.tolist()), said["alpha"])
+    out = injected(x, made, waves(sees.tolist()), said["alpha"]) if acts else x
     within(case, f"{at}injected", out, 1e-5)
     exact(case, f"{at}changed", (out != x).any(2))
     thresholds = made.threshold[sees.any(1)]
@@ -160,7 +162,8 @@ def dift_case(case: Case):
         case.read |= {name for name in case.claims if name.startswith(f"{at}extra_mask_")}
         made = plan(found, case.input(f"{at}extra_mask_{big}").bool())
         y = case.input(f"{at}extra_self_attn_out")
-        out_extra = injected(y, made, waves(told_sees.tolist(), sequential=False), said["alpha"], out[:n].flatten(0, 1))
+        order = waves(told_sees.tolist(), sequential=False)
+        out_extra = injected(y, made, order, said["alpha"], out[:n].flatten(0, 1)) if acts else y
         within(case, f"{at}extra_injected", out_extra, 1e-5)
         if case.has(f"{at}dist_thresholds") and len(case.input(f"{at}dist_thresholds")) > len(thresholds):
             thresholds = torch.cat([thresholds, made.threshold])

@@ -141,6 +141,27 @@ def test_a_tensor_that_no_case_reads_fails(copy: Path, name: str):
     assert wrong in failures(copy, "steps_ddpm")
 
 
+@pytest.mark.parametrize(
+    ("stem", "group", "changed"),
+    [
+        ("2_sdsa_attention", "full", {"curr_iter": 0}),  # nothing is seen of others yet
+        ("4_dift_injection", "dift", {"step": 17}),  # nothing is carried any more
+        ("4_dift_injection", "dift", {"alpha": 0.5}),
+        ("5_unet_sdsa", "unet", {"curr_iter": 17}),
+        ("5_unet_sdsa", "unet", {"query_iter": 6}),  # nor blended
+        ("5_unet_sdsa", "unet", {"freeu": None}),
+    ],
+)
+def test_a_changed_setting_of_consistory_changes_what_is_computed(tmp_path: Path, stem: str, group: str, changed: dict):
+    folder = tmp_path / "consistory"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "consistory" / f"{stem}.safetensors", folder)
+    document = json.loads((GOLDEN / "consistory" / f"{stem}.json").read_text())
+    document[group] |= changed
+    (folder / f"{stem}.json").write_text(json.dumps(document))
+    assert f"consistory/{stem}-{group}" in failures(tmp_path)
+
+
 def test_a_changed_tensor_and_a_changed_figure_fail(copy: Path):
     edit_tensors(copy, "steps_ddpm", lambda t: t.update({"slerp.x_next": t["slerp.x_next"] + 0.002}))
     edit_json(copy, "inject", lambda d: d["steps"]["ddpm"]["calib"]["x_next"].__setitem__(1, 0.9862))
