@@ -12,9 +12,10 @@ from torch import Tensor
 from ..methods import text_to_image as t2i
 from ..methods.instant_style import ranged
 from ..methods.prompt import Prompt, beside
+from ..methods.style_chunks import chunked
 from ..methods.style_reference import Trajectory, transferred
 from ..methods.style_targets import TargetControl
-from ..model.ops import TORCH, Ops
+from ..model.ops import Ops
 from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
@@ -60,6 +61,8 @@ def parser() -> options.Parser:
                    "its size and timesteps")  # fmt: skip
     p.add_argument("--reference-prompt", metavar="TEXT", help="what the picture shows, and its style")
     styles.options_of(p)
+    p.add_argument("--keep", action="store_true", help="draw the reference once for all batches, which go along with "
+                   "it step by step, and keep what they see of it: less time; all latents are held")  # fmt: skip
     generate.sampling(p, steps=50, sampler="ddim", guidance=None)
     p.add_argument("--control", nargs="+", metavar="PICTURE", help="hints of --control-model, for the targets: one for "
                    "all or one for each")  # fmt: skip
@@ -117,6 +120,8 @@ def planned(args: argparse.Namespace, session: Session, net: styles.Loaded) -> S
     if args.all_see_all and args.batch < len(texts) - 1:
         raise CommandError("where all see all, no part of a set can be drawn without the rest: give --batch "
                            f"{len(texts) - 1}")  # fmt: skip
+    if args.all_see_all and args.keep:
+        raise CommandError("where all see all, the reference sees its targets: leave --keep out")
     shown = image_prompts.shown(image_options.own(args), session, net, size)
     for name in args.control or ():
         hint(session, name, size)  # they are decoded again where they are used, so that only a batch's are held
@@ -165,18 +170,25 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
     drawn: list[Image.Image] = []
     told = argparse.Namespace(**vars(args) | {"guidance": plan.style.guidance, "init": None})
     count = len(plan.texts)
-    for start in range(1, count, args.batch):
-        rows = list(range(start, min(start + args.batch, count)))
-        mine = [0, *rows] if start == 1 else rows
-        if not session.wants("sheet.png", *(plan.names[i] for i in mine)):
-            continue
-        jobs = {i: (plan.names[i], plan.texts[i]) for i in mine}
-        kept = {i: generate.finished(args, net, jobs[i], args.seed + i) if args.resume else None for i in mine}
+
+    def finished(i: int) -> Image.Image | None:
+        return generate.finished(args, net, (plan.names[i], plan.texts[i]), args.seed + i) if args.resume else None
+
+    parts = [list(range(i, min(i + args.batch, count))) for i in range(1, count, args.batch)]
+    parts[0] = [0, *parts[0]]
+    parts = [part for part in parts if session.wants("sheet.png", *(plan.names[i] for i in part))]
+    whole: dict[int, Tensor] = {}  # with --keep, the latents of all that is drawn
+    for mine in parts:
+        rows = [i for i in mine if i]
+        kept = {i: finished(i) for i in mine}
         if all(kept.values()):
             drawn += [one for one in kept.values() if one][: SHEET - len(drawn)]
             continue
-        x = walked(args, session, net, plan, rows)
-        pictures = net.pictures(x if start == 1 else x[1:])
+        if args.keep and not whole:
+            every = [i for part in parts if not all(map(finished, part)) for i in part if i]
+            whole = dict(zip([0, *every], walked(args, session, net, plan, every), strict=True))
+        x = torch.stack([whole[i] for i in [0, *rows]]) if args.keep else walked(args, session, net, plan, rows)
+        pictures = net.pictures(x[-len(mine) :])
         for i, row in zip(mine, pictures, strict=True):
             one = kept[i] or to_picture(row)
             drawn += [one] if len(drawn) < SHEET else []
@@ -190,27 +202,35 @@ def make(args: argparse.Namespace, session: Session) -> Iterator[Made]:
 
 
 def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan: Set, rows: list[int]) -> Tensor:
-    """The latents of the reference and of some targets."""
+    """The latents of the reference and of some targets, all together, or with --keep --batch at a time."""
     refs = [0] * (1 + len(rows))
-    texts = [plan.texts[i] for i in rows]
-    prompts = together(said(args, net, plan.texts[:1]), said(args, net.for_targets, texts))
+    texts = [[plan.texts[i] for i in rows[start : start + args.batch]] for start in range(0, len(rows), args.batch)]
+    prompts = together(said(args, net, plan.texts[:1]), *(said(args, net.for_targets, some) for some in texts))
     noise = seeded([args.seed, *(args.seed + i for i in rows)])
     walk, path, schedule = walk_of(args, net, noise)[0], plan.path, trained(args, net)
     with net.on(net.parts.unet, net.control):
-        controls = []
-        if net.control is not None:
-            mine = args.control if len(args.control) == 1 else [args.control[i - 1] for i in rows]
-            hints = torch.cat([hint(session, name, plan.size) for name in mine])
-            controls = [TargetControl(net=net.control, hint=hints, scale=args.control_scale, refs=refs)]
 
-        def speaking(ops: Ops) -> Denoise:
-            ops = plan.style.ops(refs, net.device, freed(args, net, ops))
-            return styles.denoiser(args, net, net.unet(refs), prompts, plan.size, plan.style.guidance, schedule,
-                                   controls=controls, ops=ops)  # fmt: skip
+        def made(some: list[int], ops: Ops) -> Denoise:
+            """The network of some of those rows."""
+            who = [[0, *rows][i] for i in some]
+            heads = [0] * len(some) if 0 in some else list(range(len(some)))
+            unet, controls = net.parts.unet, []
+            if any(who):
+                unet = net.unet(heads)
+                controls = controlled(args, session, net, plan, [i for i in who if i], heads)
 
-        seers, strength = whose(args, rows)
-        pictures = [one.prompt(net, plan.size, seers, path, strength) for one in plan.shown]
-        denoise = ranged(speaking, TORCH, pictures)
+            def speaking(ops: Ops) -> Denoise:
+                return styles.denoiser(args, net, unet, picked(prompts, some), plan.size, plan.style.guidance, schedule,
+                                       controls=controls, ops=freed(args, net, ops))  # fmt: skip
+
+            seers, strength = whose(args, who)
+            return ranged(speaking, ops, [one.prompt(net, plan.size, seers, path, strength) for one in plan.shown])
+
+        if args.keep:
+            denoise = chunked(made, refs, plan.style.sharing, size=args.batch, kept=True, sites=plan.style.sites,
+                              device=net.device)  # fmt: skip
+        else:
+            denoise = made(list(range(len(refs))), plan.style.ops(refs, net.device))
         z = t2i.pure_noise(net.parts, noise, plan.size, len(refs))
         x = z if schedule is net.schedule else z.double()
         if plan.references is None:
@@ -220,14 +240,31 @@ def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan:
         return last(session.progress(steps, len(path) - 1, f"picture {rows[0]} ... {rows[-1]}")).x.to(z)
 
 
-def whose(args: argparse.Namespace, rows: list[int]) -> tuple[list[int], Tensor | None]:
-    """What --style-image shows to the reference and to targets: which of --each, and how much.
+def controlled(
+    args: argparse.Namespace, session: Session, net: styles.Loaded, plan: Set, targets: list[int], refs: list[int]
+) -> list[TargetControl]:
+    """The ControlNet of some targets, with their hints; `refs` are those of the rows of the batch."""
+    if net.control is None:
+        return []
+    mine = args.control if len(args.control) == 1 else [args.control[i - 1] for i in targets]
+    hints = torch.cat([hint(session, name, plan.size) for name in mine])
+    return [TargetControl(net=net.control, hint=hints, scale=args.control_scale, refs=refs)]
+
+
+def whose(args: argparse.Namespace, who: list[int]) -> tuple[list[int], Tensor | None]:
+    """What --style-image shows to the reference, 0, and to targets: which of --each, and how much.
 
     A reference that is a picture sees none, as when it was inverted.
     """
     if not given(args):
-        return [0, *rows], None
-    return [0, *(i - 1 for i in rows)], torch.tensor([0.0, *(1.0 for _ in rows)])
+        return who, None
+    return [max(i - 1, 0) for i in who], torch.tensor([float(i > 0) for i in who])
+
+
+def picked(prompts: tuple[Prompt, Prompt], rows: list[int]) -> tuple[Prompt, Prompt]:
+    """Some rows of texts and negative texts."""
+    first, second = (Prompt(p.context[rows], None if p.pooled is None else p.pooled[rows]) for p in prompts)
+    return first, second
 
 
 def together(*pairs: tuple[Prompt, Prompt]) -> tuple[Prompt, Prompt]:

@@ -57,6 +57,20 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path / "photo.png"
 
 
+def lora(file: Path) -> Path:
+    """A LoRA of one layer of the UNet and one of a tower."""
+    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
+    text = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    gen = torch.Generator().manual_seed(2)
+    width, wide = 64, parts().towers[0].cfg.width
+    tensors = {}
+    for name, side in ((key, width), (text, wide)):
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, side, generator=gen)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(side, 2, generator=gen)
+    write(file, tensors)
+    return file
+
+
 def test_a_set_is_what_the_functions_make(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     align(capsys, tmp_path / "o", "a cat", "a dog", "--style", "ink", "--seed", 4)
     prompts = encode(parts(), ["a cat, ink.", "a dog, ink."])
@@ -106,6 +120,30 @@ def test_targets_do_not_depend_on_what_is_drawn_beside_them(tmp_path: Path, caps
         assert "CFG scale: 5, Seed: 3" in picture.info["parameters"]
     code, told, _ = run(capsys, "redo", tmp_path / "2" / "0003.png", "--quiet")
     assert (code, told.splitlines()[-1]) == (0, "the same, bit for bit")
+
+
+@pytest.mark.parametrize("more", [("--preset", "defaults"), ("--attention", "off"), ("--sampler", "euler-a"), "lora",
+                                  "control", "reference"])  # fmt: skip
+def test_a_reference_that_is_kept_for_all_batches_draws_the_same(
+    more: tuple | str, tmp_path: Path, capsys: pytest.CaptureFixture[str], photo: Path
+):
+    words = {
+        "lora": ("--lora-targets", lora(tmp_path / "l.safetensors")),
+        "control": ("--control", photo, photo, photo, "--control-model", CONTROL),
+        "reference": ("--reference", photo, "--noised"),
+    }.get(str(more), more)
+    texts = ("b", "c", "d") if more == "reference" else ("a", "b", "c", "d")
+    for name, keep in (("alone", ()), ("kept", ("--keep",))):
+        align(capsys, tmp_path / name, *texts, "--batch", 2, *words, *keep)
+    for name in ("reference.png", "0001.png", "0002.png", "0003.png"):
+        assert np.abs(pixels(tmp_path / "alone" / name) - pixels(tmp_path / "kept" / name)).max() <= 1
+    before = pixels(tmp_path / "kept" / "0003.png")
+    code, told, _ = run(capsys, "redo", tmp_path / "kept" / "0003.png", "--quiet")
+    assert (code, told.splitlines()[-1]) == (0, "the same, bit for bit")
+    for name in ("0003.png", "reference.png"):
+        (tmp_path / "kept" / name).unlink()
+    align(capsys, tmp_path / "kept", *texts, "--batch", 2, *words, "--keep", "--resume")
+    assert np.abs(pixels(tmp_path / "kept" / "0003.png") - before).max() <= 1
 
 
 def test_every_option_of_style_changes_the_targets_and_not_the_reference(
@@ -180,15 +218,7 @@ def test_hints_are_for_the_targets(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_lora_for_targets_is_not_for_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    key = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-    text = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
-    gen = torch.Generator().manual_seed(2)
-    width, wide = 64, parts().towers[0].cfg.width
-    tensors = {}
-    for name, side in ((key, width), (text, wide)):
-        tensors[f"{name}.lora_down.weight"] = torch.randn(2, side, generator=gen)
-        tensors[f"{name}.lora_up.weight"] = torch.randn(side, 2, generator=gen)
-    write(tmp_path / "lora.safetensors", tensors)
+    lora(tmp_path / "lora.safetensors")
     align(capsys, tmp_path / "plain", "a", "b")
     said = align(capsys, tmp_path / "lora", "a", "b", "--lora-targets", f"{tmp_path / 'lora.safetensors'}:0.7")
     assert "targets only: 1 of unet, 1 of text_encoder" in said
@@ -237,6 +267,7 @@ def test_a_set_is_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("a", "b", "--reference", "x.png", "--offset", 2), "0 ... 1"),
         (("a", "b", "--control", "x.png", "y.png", "z.png", "--control-model", CONTROL), "one for each of 1 targets"),
         (("a", "b", "c", "--all-see-all", "--batch", 1), "give --batch 2"),
+        (("a", "b", "--all-see-all", "--keep"), "leave --keep out"),
         (("a", "b", "--all-see-all", "--scale", 0.5), "--scale says nothing with --all-see-all"),
         (("a", "b", "--all-see-all", "--attention", "off"), "--attention says nothing with --all-see-all"),
         (("a", "b", "--attention", "off", "--shift", 1), "--shift says nothing with --attention off"),
