@@ -97,8 +97,10 @@ class Story:
 
     @property
     def two(self) -> bool:
-        """Whether there is a second stage: whether anything is injected anywhere on the path."""
-        return self.cast.injects
+        """Whether there is a second stage: whether anything is injected anywhere on the path, or kept to be."""
+        cast = self.cast
+        looked = any(look and i != j for i, row in enumerate(cast.sees) for j, look in enumerate(row))
+        return cast.injects and (looked or cast.anchors is not None or cast.keep is not None)
 
     def steps(self) -> Iterator[tuple[int, Step]]:
         """(1 or 2, Step) for each step of both stages; afterwards `x` is the pictures' latents."""

@@ -198,8 +198,10 @@ def test_empty_masks_and_full_dropout_change_nothing_but_rounding():
 def test_one_picture_alone_is_drawn_as_ever():
     one, alone = slice(0, 1), replace(SETTINGS, blend=None)
     with torch.no_grad():
-        a = walked(story(one, anchors=1, settings=alone))
+        made = story(one, anchors=1, settings=alone)
+        a = walked(made)
         b = walked(story(one, anchors=1, settings=replace(SETTINGS, attend=False, inject=None)))
+    assert made.tally.decoders == world.STEPS
     assert float((a - b).abs().max()) <= 1e-9 * float(b.abs().max())
 
 
