@@ -231,7 +231,8 @@ def prompts(said: Any, n: int) -> tuple[Prompt, Prompt]:
 
 def ids_of(said: Any, n: int, *, negative: bool = False) -> Tensor:
     """The size ids of n pictures, or those that their unconditional half is told."""
-    own = negative and bool(said.get("negative_original_size") and said.get("negative_target_size"))
+    both = said.get("negative_original_size"), said.get("negative_target_size")
+    own = negative and all(both)
     names = [
         f"{'negative_' if own else ''}{name}" for name in ("original_size", "target_size", "crops_coords_top_left")
     ]

@@ -128,3 +128,24 @@ def test_other_seeds_sizes_batches_and_flags_run_without_an_image_prompt(
     row["settings"]["prompt"] = ["a dog", "a cat"]
     (tmp_path / "instantstyle" / "cases.json").write_text(json.dumps([row]))
     assert failures(tmp_path) == ["instantstyle/08h_sample_plain-run"]
+
+
+def test_settings_of_a_run_that_change_nothing_pass_and_others_fail(tmp_path: Path):
+    folder, stem = tmp_path / "instantstyle", "10_controlnet_style"
+    folder.mkdir()
+    shutil.copy(GOLDEN / "instantstyle" / f"{stem}.safetensors", folder)
+    said = row(json.loads((GOLDEN / "instantstyle" / "cases.json").read_text()), stem)
+
+    def wrong(**more: object) -> set[str]:
+        rows = [said | {"settings": said["settings"] | more}]
+        (folder / "cases.json").write_text(json.dumps(rows))
+        return {name.removeprefix(f"instantstyle/{stem}-") for name in failures(tmp_path)}
+
+    whole = {"negative_original_size": [128, 128], "negative_target_size": [128, 128]}
+    assert wrong(control_guidance_start=0.0, control_guidance_end=1.0, eta=0.0, **whole) == set()
+    assert wrong(negative_target_size=[64, 64]) == set()  # one of two is none, as in diffusers
+    assert wrong(control_guidance_start=0.3) == {"residuals", "run"}
+    assert wrong(control_guidance_end=0.7) == {"run"}
+    assert wrong(control_guidance_start=0.9, control_guidance_end=0.1) == {"residuals", "run"}
+    assert wrong(**whole | {"negative_target_size": [64, 64]}) == {"run"}
+    assert wrong(eta=0.5) == {"run"}

@@ -370,6 +370,7 @@ def test_the_golden_runner_fails_by_name_for_what_it_does_not_know(tmp_path: Pat
         shutil.copy(golden / f"{stem}.safetensors", tmp_path / f"{name}.safetensors")
 
     told("another_name", lambda said: None)
+    told("level", lambda said: said["settings"]["style_aligned"].update(only_self_level=0.9))  # of a network
     assert found_wrong(tmp_path) == []
     told("setting", lambda said: said["settings"]["style_aligned"].update(sharpness=1))
     told("key", lambda said: said.update(weather=1))
