@@ -63,7 +63,7 @@ def folded(q: Tensor, stats: Tensor, ref: Tensor, scale: float) -> tuple[Tensor,
             raise ValueError(f"ref[{b}] is an image of the batch, 0 to {len(q) - 1}; got {r}")
     (mean_q, std_q), (mean_k, std_k) = stats[..., None, :]
     gain_q, gain_k = std_q[i] / std_q, std_k[i] / std_k
-    seen, own, row = token_major(q), token_major(q), q.new_empty(q.shape[:3])
+    seen, own, row = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape[:3])
     for b, r in enumerate(refs):  # an image stays in cache, and products by its heads need no copy
         if b == r:
             seen[b], own[b], row[b] = q[b], q[b], 0
