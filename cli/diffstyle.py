@@ -47,7 +47,12 @@ def parser() -> options.Parser:
     p.add_argument("--content", nargs="+", required=True, metavar="IMG", help="whose content: PNG, JPEG or WebP")
     p.add_argument("--style", nargs="+", required=True, metavar="IMG", help="whose style")
     p.add_argument("--mask", nargs="+", metavar="IMG", help="where the content goes: white is there, black is not")
-    p.add_argument("--gamma", type=options.real(0, 2), default=0.3, help="how much content, 0 ... 1 (default: 0.3)")
+    p.add_argument(
+        "--gamma",
+        type=options.real(0, 2),
+        default=0.3,
+        help="how much content, 0 ... 1, or beyond it, up to 2 (default: 0.3)",
+    )
     p.add_argument("--omega", type=options.real(0, 2), default=0.3, help="style calibration (default: 0.3)")
     p.add_argument("--blend", choices=tuple(BLENDS), default="slerp", help="how h are mixed (default: slerp)")
     options.timestep(p, "--t-edit", 400, "h is mixed down to this timestep")

@@ -290,9 +290,8 @@ def keys_kernel(
         if (tl.load(SEGMENTS + 4 * s + 1) == at) & (lo < first + BLOCK_N) & (hi > first):
             weight = _gain(GAINS + 2 * s)
             dk, dv = _key_source(
-                dk, dv, k, v, n, lo, hi, Q, G, LSE, DELTA, tl.load(SEGMENTS + 4 * s), h,
-                n_q, q_b, q_h, q_n, g_b, g_h, g_n,
-                scale * LOG2E * weight, weight, _gain(GAINS + 2 * s + 1) * LOG2E,
+                dk, dv, k, v, n, lo, hi, Q, G, LSE, DELTA, tl.load(SEGMENTS + 4 * s), h, n_q, q_b, q_h, q_n,
+                g_b, g_h, g_n, scale * LOG2E * weight, weight, _gain(GAINS + 2 * s + 1) * LOG2E,
                 D, BLOCK_M, BLOCK_N, BLOCK_D, STAGES, WIDEN,
             )  # fmt: skip
     to = ((a64 * n_k + n)[:, None] * H + h) * D + d[None, :]
