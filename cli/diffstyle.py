@@ -51,7 +51,7 @@ def parser() -> options.Parser:
         "--gamma",
         type=options.real(0, 2),
         default=0.3,
-        help="how much content, 0 ... 1, or beyond it, up to 2 (default: 0.3)",
+        help="how much content, 0 ... 1; at most 2 (default: 0.3)",
     )
     p.add_argument("--omega", type=options.real(0, 2), default=0.3, help="style calibration (default: 0.3)")
     p.add_argument("--blend", choices=tuple(BLENDS), default="slerp", help="how h are mixed (default: slerp)")

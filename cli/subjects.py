@@ -26,7 +26,7 @@ from ..samplers.edit_friendly import NoiseMaps
 from ..samplers.noise import seeded
 from ..weights.files import opened, sha256, write
 from . import generate, image_options, image_prompts, latents
-from .draw import check, inpaints, picture, said, walk_of
+from .draw import check, inpaints, picture, said, trained, walk_of
 from .errors import CommandError
 from .freed import factors, freed
 from .session import Session
@@ -190,10 +190,12 @@ def drawn(
     prompts = said(args, net, [plan.texts[i] for i in rows])
     tokens = plan.tokens[rows]
     _, path = walk_of(args, net, seeded(seeds))
+    schedule = trained(args, net)
     noise = seeded(seeds)
     more: dict[str, Any] = {"anchors": kept if kept is not None else min(plan.anchors, n)}
     with net.on(net.parts.unet, net.control):
-        x = t2i.pure_noise(net.parts, noise, plan.size, n).to(net.device)
+        z = t2i.pure_noise(net.parts, noise, plan.size, n).to(net.device)
+        x = z if schedule is net.schedule else z.double()
         if real:
             maps, both, words = inverted_real(args, session, net, plan, path)
             prompts = (beside(both[0], prompts[0]), beside(both[1], prompts[1]))
@@ -209,9 +211,9 @@ def drawn(
         pictures = [one.prompt(net, plan.size, seers, path, strength) for one in plan.shown]
         scene = Scene(
             unet=net.parts.unet, positive=prompts[0], negative=prompts[1], tokens=tokens.to(net.device),
-            schedule=net.schedule, ids=ids, negative_ids=other,
+            schedule=schedule, ids=ids, negative_ids=other,
             prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
-            guidance=args.guidance, rescale=args.rescale, controls=controls,
+            guidance=args.guidance, rescale=args.rescale, controls=controls, whole_times=args.sampler == "dpmpp",
             ops=freed(args, net, instant_style(TORCH, pictures)),
         )  # fmt: skip
 
@@ -227,7 +229,7 @@ def drawn(
         walk = (step for _, step in story.steps())
         for _ in session.progress(walk, total, f"picture {rows[0] + 1} ... {rows[-1] + 1}"):
             pass
-    made = net.pictures(story.x[real:])
+    made = net.pictures(story.x[real:].to(z))
     where = places(net.parts.unet.cfg)
     chosen = None if story.plan is None else story.plan.chosen
     sizes = where.sizes((x.shape[2], x.shape[3]))
@@ -243,11 +245,13 @@ def inverted_real(
     texts = [plan.real_text] * len(plan.real)
     prompts = said(args, net, texts)
     ids, other = conditions(net, plan.size, len(texts))
-    denoise = t2i.denoiser(net.parts.unet, *prompts, schedule=net.schedule, ids=ids, negative_ids=other,
+    schedule = trained(args, net)
+    denoise = t2i.denoiser(net.parts.unet, *prompts, schedule=schedule, ids=ids, negative_ids=other,
                            prediction=net.says.prediction or "eps",  # type: ignore[arg-type]
-                           guidance=args.real_guidance, rescale=args.rescale)  # fmt: skip
+                           guidance=args.real_guidance, rescale=args.rescale,
+                           whole_times=args.sampler == "dpmpp")  # fmt: skip
     noise = seeded([args.seed + i for i in range(len(texts))])
-    maps = inverted(denoise, x0, net.schedule, path, noise)
+    maps = inverted(denoise, x0, schedule, path, noise)
     return maps, prompts, places_of(net.parts.tokenizers[0], texts, args.subject)
 
 

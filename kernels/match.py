@@ -94,9 +94,9 @@ def unit(x: Tensor) -> Tensor:
 
 
 def inverse_norm(x: Tensor) -> Tensor:
-    """1 / |row|, and 0 for a row of zeros, in the type in which sums are kept."""
+    """1 / |row|, 0 for a row of zeros, NaN for one that is not finite, in the type in which sums are kept."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=accumulator(x))
-    return torch.where(norm == 0, 0.0, 1 / norm)
+    return torch.where(norm == 0, 0.0, torch.where(norm.isinf(), torch.nan, 1 / norm))
 
 
 def _empty(src: Tensor, tgt: Tensor) -> tuple[Tensor, Tensor]:

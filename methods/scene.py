@@ -101,6 +101,7 @@ class Scene:
     interval: Interval | None = None
     controls: Sequence[Control] = ()
     canvas: Tensor | None = None
+    whole_times: bool = False
     ops: Ops = TORCH
     control_ops: Ops = TORCH
 

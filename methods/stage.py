@@ -75,6 +75,7 @@ class Stage:
     def look(self, x: Tensor, t: Tensor) -> None:
         """A call that predicts nothing: the conditional half, up to the last map, or to the feature if it is due."""
         scene, now = self.cast.scene, self.at(t)
+        t = t.round() if scene.whole_times else t
         embed = conditioning(scene.unet, scene.positive, scene.ids)
         self.leave(now)
         c, heard = self.read(embed(t)), Heard(keep_pools=self.cast.keep is not None)
@@ -109,7 +110,9 @@ class Stage:
         embed = conditioning(self.cast.scene.unet, prompt, ids)
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            c, now = self.read(embed(t)), self.at(t)
+            now = self.at(t)
+            t = t.round() if self.cast.scene.whole_times else t
+            c = self.read(embed(t))
             self.leave(now)
             return self.passed(self.deep(prompt, ids, c, x, t), c, x, now)
 

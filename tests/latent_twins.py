@@ -1,5 +1,6 @@
 """diffusers' networks of a tiny configuration, and ours around the same random weights."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -99,3 +100,14 @@ def in_float64(twin: Any, cfg: UNetConfig) -> Any:
     if cfg.pooled_dim:
         twin.add_time_proj = Sinusoid(cfg.id_dim)
     return twin.double()
+
+
+def scheduled(path: Path, change: dict[str, Any]) -> Path:
+    """The tiny model under another scheduler_config.json."""
+    (path / "scheduler").mkdir(parents=True)
+    for part in TINY.iterdir():
+        if part.name != "scheduler":
+            (path / part.name).symlink_to(part)
+    config = json.loads((TINY / "scheduler" / "scheduler_config.json").read_text())
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | change))
+    return path

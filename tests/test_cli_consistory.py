@@ -51,6 +51,10 @@ def record(path: Path) -> dict[str, Any]:
         return json.loads(picture.info["diaphane"])
 
 
+V = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+ZERO, KARRAS = V | {"rescale_betas_zero_snr": True}, V | {"use_karras_sigmas": True}
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> list[str]:
     """Two pictures, neither of the model's size."""
@@ -97,6 +101,19 @@ def test_pictures_do_not_depend_on_the_batch_nor_on_whether_the_anchors_were_kep
         capsys, "--cache-in", twins.TINY / "unet" / "diffusion_pytorch_model.safetensors"
     )
     assert "exists" in refused(capsys, "--cache-out", file)
+
+
+@pytest.mark.parametrize(("sampler", "says"), [("ddim", ZERO), ("ddpm", ZERO), ("dpmpp", KARRAS)])
+def test_without_its_parts_a_walk_is_that_of_generate(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, sampler: str, says: dict[str, Any]
+):
+    common = ["--model", twins.scheduled(tmp_path / "model", says), "--sampler", sampler]
+    consistory(capsys, tmp_path / "a", *common, "--without", "attention", "injection", "--freeu", "none")
+    code, _, _ = run(capsys, "generate", TEXTS[1], *common, "--size", "64x32", "--steps", 5, "--seed", 1, "--quiet",
+                     "--out", tmp_path / "g")  # fmt: skip
+    assert code == 0
+    differ = np.abs(pixels(tmp_path / "a" / "0002.png") - pixels(tmp_path / "g" / "0001.png"))
+    assert (differ.max() <= 1, (differ > 0).mean() < 0.02) == (True, True)  # by rounding, in a batch of three
 
 
 def test_the_parts_of_the_method_may_be_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path):

@@ -1,6 +1,5 @@
 """`diaphane generate` beside diffusers' pipelines: from the same folder, seed and options comes the same picture."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +42,13 @@ def pipe() -> Any:
     return made
 
 
-def folder(path: Path, change: dict[str, Any]) -> Path:
-    """The tiny model under another scheduler_config.json."""
-    (path / "scheduler").mkdir(parents=True)
-    for name in ("model_index.json", "unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"):
-        (path / name).symlink_to(twins.TINY / name)
-    config = json.loads((twins.TINY / "scheduler" / "scheduler_config.json").read_text())
-    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | change))
-    return path
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_drawn_picture_is_diffusers_picture(tmp_path: Path, pipe: Any, name: str):
     import diffusers
 
     sampler, kind, settings, change = RUNS[name]
-    model, out = folder(tmp_path / "model", change), tmp_path / "out"
+    model, out = twins.scheduled(tmp_path / "model", change), tmp_path / "out"
     words = ["--steps", "5", "--sampler", sampler, "--negative", "low", "--seed", "3", "--size", "96x64"]
     words += ["--guidance", "4", "--model", str(model), "--out", str(out), "--quiet"]
     assert main(["generate", "a red fox!", *words]) == 0

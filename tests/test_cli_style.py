@@ -21,6 +21,7 @@ from diaphane.weights.files import write
 from PIL import Image
 
 from .golden_latent import TINY, parts
+from .latent_twins import scheduled
 
 CONTROL = str(TINY / "controlnet")
 
@@ -89,13 +90,8 @@ def test_a_set_is_what_the_functions_make(tmp_path: Path, capsys: pytest.Capture
 def test_where_the_schedule_ends_in_noise_alone_the_reference_is_the_picture_of_generate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    (tmp_path / "model" / "scheduler").mkdir(parents=True)
-    for part in TINY.iterdir():
-        if part.name != "scheduler":
-            (tmp_path / "model" / part.name).symlink_to(part)
-    says = json.loads((TINY / "scheduler" / "scheduler_config.json").read_text())
-    says |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
-    (tmp_path / "model" / "scheduler" / "scheduler_config.json").write_text(json.dumps(says))
+    says = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+    scheduled(tmp_path / "model", says)
     common = ("--model", tmp_path / "model", "--steps", 3, "--size", 64, "--sampler", "ddim", "--quiet", "--out")
     assert run(capsys, "generate", "a", *common, tmp_path / "alone")[0] == 0
     assert run(capsys, "style-align", "a", "b", *common, tmp_path / "set")[0] == 0
