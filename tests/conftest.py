@@ -1,4 +1,4 @@
-"""What every test shares: where the reference data is, and one thread, which is quickest for tiny networks."""
+"""What every test shares: where the reference data is, a seed, and one thread, which is quickest for tiny networks."""
 
 from pathlib import Path
 
@@ -14,3 +14,8 @@ def pytest_addoption(parser: pytest.Parser):
 
 def pytest_configure():
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    torch.manual_seed(0)  # so that no test depends on what ran before it
