@@ -112,6 +112,11 @@ def trained(args: argparse.Namespace, net: latents.Loaded) -> Schedule:
     return net.schedule
 
 
+def carried(x: Tensor, net: latents.Loaded, schedule: Schedule) -> Tensor:
+    """x in the type of a walk by `trained`'s schedule: float64 where that is not the model's own."""
+    return x if schedule is net.schedule else x.double()
+
+
 def prepared(
     args: argparse.Namespace, session: Session, net: latents.Loaded, size: tuple[int, int]
 ) -> dict[str, Tensor]:
@@ -171,7 +176,7 @@ def walked(
                 x = noised(scene["x0"].expand_as(z), z, schedule(path[0]))
         if "trajectory" in scene:
             walk, path, x = scene["trajectory"].resumed(args.skip or 0, n, x)
-        x = x if schedule is net.schedule else x.double()
+        x = carried(x, net, schedule)
         ids = score_ids if net.says.aesthetic else size_ids
         sizes = ids(size, n) if parts.xl else None
         other = score_ids(size, n, score=2.5) if parts.xl and net.says.aesthetic else None

@@ -19,7 +19,7 @@ from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
 from . import generate, image_options, image_prompts, latents, options, styles
-from .draw import cut_off, said, trained, walk_of
+from .draw import carried, cut_off, said, trained, walk_of
 from .errors import CommandError
 from .freed import freed
 from .images import to_picture
@@ -109,7 +109,7 @@ def referred(
         prompts = said(args, net, [text])
         with net.on(net.parts.unet):
             z = t2i.pure_noise(net.parts, noise, size, 1)
-            x = z if schedule is net.schedule else z.double()
+            x = carried(z, net, schedule)
             denoise = styles.denoiser(args, net, net.parts.unet, prompts, size, style.guidance, schedule,
                                       ops=freed(args, net))  # fmt: skip
             steps = session.progress(walk(denoise, x, schedule, path), len(path) - 1, f"style {i + 1}")
@@ -195,7 +195,7 @@ def walked(
 
         denoise = multidiffusion(make_batch, views, batch=args.batch, references=references, assigned=assigned)
         z = t2i.pure_noise(net.parts, noise, size, 1)
-        x = z if schedule is net.schedule else z.double()
+        x = carried(z, net, schedule)
         steps = session.progress(walk(denoise, x, schedule, path), len(path) - 1, f"picture {i + 1}")
         return last(steps).x.to(z)
 

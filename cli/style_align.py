@@ -20,7 +20,7 @@ from ..samplers.inversion import last
 from ..samplers.noise import seeded
 from ..samplers.parameterisation import Denoise
 from . import generate, image_options, image_prompts, latents, options, styles
-from .draw import cut_off, picture, said, trained, walk_of
+from .draw import carried, cut_off, picture, said, trained, walk_of
 from .errors import CommandError
 from .freed import freed
 from .images import to_picture
@@ -232,7 +232,7 @@ def walked(args: argparse.Namespace, session: Session, net: styles.Loaded, plan:
         else:
             denoise = made(list(range(len(refs))), plan.style.ops(refs, net.device))
         z = t2i.pure_noise(net.parts, noise, plan.size, len(refs))
-        x = z if schedule is net.schedule else z.double()
+        x = carried(z, net, schedule)
         if plan.references is None:
             steps = walk(denoise, x, schedule, path)
         else:

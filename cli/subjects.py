@@ -26,7 +26,7 @@ from ..samplers.edit_friendly import NoiseMaps
 from ..samplers.noise import seeded
 from ..weights.files import opened, sha256, write
 from . import generate, image_options, image_prompts, latents
-from .draw import check, inpaints, picture, said, trained, walk_of
+from .draw import carried, check, inpaints, picture, said, trained, walk_of
 from .errors import CommandError
 from .freed import factors, freed
 from .session import Session
@@ -195,7 +195,7 @@ def drawn(
     more: dict[str, Any] = {"anchors": kept if kept is not None else min(plan.anchors, n)}
     with net.on(net.parts.unet, net.control):
         z = t2i.pure_noise(net.parts, noise, plan.size, n).to(net.device)
-        x = z if schedule is net.schedule else z.double()
+        x = carried(z, net, schedule)
         if real:
             maps, both, words = inverted_real(args, session, net, plan, path)
             prompts = (beside(both[0], prompts[0]), beside(both[1], prompts[1]))
